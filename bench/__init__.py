@@ -1,0 +1,1 @@
+"""The bench: measure, verify, judge and report artifacts, whoever made them."""

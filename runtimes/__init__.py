@@ -1,0 +1,1 @@
+"""Runtimes: open an artifact and run it, here or on another machine."""

@@ -1,0 +1,1 @@
+"""Where a worker runs: this machine, later boards and phones."""
