@@ -1,0 +1,108 @@
+"""Every quantity that the bench writes down: one table with unit, direction, meaning and how it is printed.
+
+>>> METRICS["kl"].unit, METRICS["kl"].better
+('nats/token', 'lower')
+>>> METRICS["size_bytes"].show(22_700_000)
+'22.7 MB'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ..artifact import Task
+from ..errors import RecipeError, nearest
+
+__all__ = ["METRICS", "Metric", "find_metric"]
+
+_ALL: tuple[Task, ...] = ("feature-extraction", "text-classification", "text-generation")
+_EMBEDDING: tuple[Task, ...] = ("feature-extraction",)
+_CLASSES: tuple[Task, ...] = ("text-classification",)
+_GENERATION: tuple[Task, ...] = ("text-generation",)
+_DISTRIBUTION: tuple[Task, ...] = ("text-classification", "text-generation")
+_LABELLED: tuple[Task, ...] = ("feature-extraction", "text-classification")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One quantity. ``format`` is a Python format specification; ``tasks`` are those that it exists for."""
+
+    name: str
+    unit: str
+    better: Literal["higher", "lower"]
+    format: str
+    description: str
+    kind: Literal["accuracy", "speed", "memory", "size"]
+    tasks: tuple[Task, ...] = _ALL
+
+    def show(self, value: float) -> str:
+        """``value`` for a human: bytes in decimal MB or GB, ratios in per cent, else by ``format`` with the unit."""
+        if self.unit == "bytes":
+            return f"{value / 1e9:.2f} GB" if abs(value) >= 1e9 else f"{value / 1e6:.1f} MB"
+        text = format(value, self.format)
+        if self.unit in ("ratio", "fraction", "cosine", "correlation"):
+            return text
+        return f"{text} {self.unit}"
+
+    def is_better(self, value: float, than: float) -> bool:
+        """Whether ``value`` is strictly better ``than`` another one."""
+        return value > than if self.better == "higher" else value < than
+
+
+def _table(*metrics: Metric) -> Mapping[str, Metric]:
+    return {metric.name: metric for metric in metrics}
+
+
+METRICS: Mapping[str, Metric] = _table(
+    # accuracy, all taken on the artifact in its runtime, on the same token ids as the teacher
+    Metric("kl", "nats/token", "lower", ".4g", "mean KL(reference ‖ artifact) per predicted token, or per example "
+           "for a classifier", "accuracy", _DISTRIBUTION),
+    Metric("kl_p99", "nats/token", "lower", ".4g", "99th percentile of KL(reference ‖ artifact)", "accuracy",
+           _DISTRIBUTION),
+    Metric("top1_agreement", "fraction", "higher", ".1%", "how often artifact and reference choose the same first "
+           "token or label", "accuracy", _DISTRIBUTION),
+    Metric("top5_agreement", "fraction", "higher", ".1%", "how often the reference's first token is among the "
+           "artifact's five best", "accuracy", _GENERATION),
+    Metric("perplexity", "perplexity", "lower", ".4g", "exp of the mean negative log-likelihood of the true next "
+           "token", "accuracy", _GENERATION),
+    Metric("perplexity_ratio", "ratio", "lower", ".4f", "perplexity of the artifact over that of the reference",
+           "accuracy", _GENERATION),
+    Metric("cosine", "cosine", "higher", ".5f", "mean cosine of artifact and reference embeddings (only where both "
+           "have the same size)", "accuracy", _EMBEDDING),
+    Metric("spearman", "correlation", "higher", ".4f", "Spearman rank correlation of the cosine similarities of all "
+           "pairs of sentences, artifact against reference", "accuracy", _EMBEDDING),
+    Metric("accuracy", "fraction", "higher", ".1%", "labels found right on held-out examples (embeddings: by a linear "
+           "probe fitted on the artifact's own embeddings)", "accuracy", _LABELLED),
+    Metric("accuracy_ratio", "ratio", "higher", ".1%", "accuracy over the teacher's on the same examples", "accuracy",
+           _LABELLED),
+    Metric("ece", "fraction", "lower", ".2%", "expected calibration error of the first choice, 15 bins of equal width",
+           "accuracy", _DISTRIBUTION),
+    # speed
+    Metric("latency_ms", "ms", "lower", ".2f", "one forward pass of the timed input", "speed"),
+    Metric("first_inference_ms", "ms", "lower", ".2f", "the first forward pass after loading", "speed"),
+    Metric("load_ms", "ms", "lower", ".1f", "opening the artifact, files in the page cache", "speed"),
+    Metric("load_cold_ms", "ms", "lower", ".1f", "opening the artifact, page cache evicted", "speed"),
+    Metric("prefill_tokens_per_s", "tok/s", "higher", ".1f", "prompt tokens a second", "speed", _GENERATION),
+    Metric("decode_tokens_per_s", "tok/s", "higher", ".1f", "generated tokens a second, after the first", "speed",
+           _GENERATION),
+    Metric("time_to_first_token_ms", "ms", "lower", ".1f", "prompt in, first token out", "speed", _GENERATION),
+    # memory of the worker, minus that of its runtime without a model
+    Metric("peak_memory_bytes", "bytes", "lower", ",.0f", "peak resident memory, baseline of the runtime subtracted",
+           "memory"),
+    Metric("peak_anonymous_bytes", "bytes", "lower", ",.0f", "peak anonymous memory, baseline subtracted", "memory"),
+    Metric("peak_file_backed_bytes", "bytes", "lower", ",.0f", "peak file-backed (mapped) memory", "memory"),
+    Metric("baseline_bytes", "bytes", "lower", ",.0f", "memory of the runtime before it opens the artifact", "memory"),
+    # size
+    Metric("model_bytes", "bytes", "lower", ",.0f", "the model's files, without tokenizer and templates", "size"),
+    Metric("size_bytes", "bytes", "lower", ",.0f", "everything that ships to a device", "size"),
+    Metric("bits_per_weight", "bits", "lower", ".2f", "model bytes * 8 over parameters", "size"),
+)  # fmt: skip
+
+
+def find_metric(name: str) -> Metric:
+    """The metric called ``name``; :class:`RecipeError` with the nearest name when there is none."""
+    if name not in METRICS:
+        raise RecipeError(f"unknown metric {name!r}", hint=nearest(name, list(METRICS)))
+    return METRICS[name]
