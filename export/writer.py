@@ -1,0 +1,145 @@
+"""What all exporters share: the draft of a manifest, reading weights, room on disk, files that travel along."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..artifact import Histogram, StoredTensor, TensorSpec
+from ..errors import BadInput, MissingDependency, ResourceExhausted, UsageError
+from ..files import read_json, safe_join
+
+if TYPE_CHECKING:
+    from ..checkpoints import ModelFolder
+    from ..recipe import ExportConfig
+
+__all__ = ["Draft", "Weights", "check_room", "context_length", "copy_companions", "versions"]
+
+Floats = npt.NDArray[np.float32]
+
+# What an app needs beside the model, where the model folder has it.
+COMPANIONS = (
+    "added_tokens.json", "chat_template.jinja", "config.json", "generation_config.json", "LICENSE", "LICENSE.txt",
+    "LICENSE.md", "NOTICE", "merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
+
+
+@dataclass
+class Draft:
+    """What a writer knows about the artifact that it wrote, see :class:`edgestill.artifact.Manifest`.
+
+    ``tensors`` is the weight map for ``tensors.json``; ``quantisation`` and ``format`` come from the recipe, task,
+    pooling, labels and licence from the model folder.
+    """
+
+    entry: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    shapes: Literal["dynamic", "fixed", "enumerated"]
+    max_length: int
+    contents: str
+    dtype_histogram: Mapping[str, Histogram]
+    minimum_runtime: Mapping[str, str]
+    kv_cache_bytes_per_token: int | None = None
+    pooling_in_graph: bool = False
+    tensors: list[StoredTensor] = field(default_factory=list)
+
+
+class Weights:
+    """The parameters of a model folder, read one at a time from its safetensors (sharded or not).
+
+    Raises :class:`BadInput` for a missing, truncated or foreign file, :class:`MissingDependency` without safetensors.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import safetensors
+        except ImportError:
+            raise MissingDependency.package("safetensors", "export") from None
+        self._folder = folder
+        self._files: dict[str, Any] = {}
+        index = folder / "model.safetensors.index.json"
+        names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        for name in names:
+            path = safe_join(folder, name)
+            if not path.is_file():
+                raise BadInput(f"{path} does not exist", hint="prepare the model folder again")
+            try:
+                opened = safetensors.safe_open(path, framework="numpy")
+            except (safetensors.SafetensorError, OSError) as error:
+                raise BadInput(f"{path} is not a whole safetensors file: {error}", hint="fetch it again") from None
+            self._files |= dict.fromkeys(opened.keys(), (path, opened))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._files))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter, without reading it."""
+        return tuple(self._slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> Floats:
+        """The parameter as float32, contiguous."""
+        path, opened = self._find(name)
+        if self._slice(name).get_dtype() == "BF16":  # numpy has no such type
+            import safetensors
+
+            with safetensors.safe_open(path, framework="pt") as again:
+                return np.ascontiguousarray(again.get_tensor(name).float().numpy())
+        return np.ascontiguousarray(opened.get_tensor(name), dtype=np.float32)
+
+    def _slice(self, name: str) -> Any:
+        return self._find(name)[1].get_slice(name)
+
+    def _find(self, name: str) -> Any:
+        if name not in self._files:
+            raise BadInput(f"{self._folder} has no parameter {name!r}", hint="prepare the model folder again")
+        return self._files[name]
+
+
+def context_length(model: ModelFolder, config: ExportConfig, most: int | None = None) -> int:
+    """Tokens that the artifact takes: what the recipe asks, else what the model allows (but not over ``most``)."""
+    if config.context_length is not None and config.context_length > model.max_length:
+        raise UsageError(
+            f"{config.variant}: context_length {config.context_length} is more than the model's {model.max_length}",
+            hint=f"set context_length = {model.max_length} or less, or leave it out",
+        )
+    return config.context_length or min(model.max_length, most or model.max_length)
+
+
+def check_room(out: Path, need_bytes: int) -> None:
+    """:class:`ResourceExhausted` before the work starts, when the disk under ``out`` can't hold ``need_bytes``."""
+    folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < need_bytes:
+        raise ResourceExhausted(
+            f"{out} needs about {need_bytes / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free", hint="free some room"
+        )
+
+
+def copy_companions(model: ModelFolder, folder: Path) -> None:
+    """Copy tokenizer, chat template, config and licence text beside the payload."""
+    for name in COMPANIONS:
+        if (model.path / name).is_file():
+            shutil.copyfile(model.path / name, folder / name)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions of ``packages`` (those that are there), for the lineage."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
