@@ -1,0 +1,232 @@
+"""Statistics of measurements: bootstrap intervals over launches, supported percentiles, ratios, the A/A noise floor.
+
+Inferences of one process share its memory layout, its caches and its neighbours, so samples of one launch are not
+independent: intervals resample launches first (Kalibera & Jones, *Rigorous benchmarking in reasonable time*, 2013).
+With the few groups that a run can afford, a plain percentile interval is too narrow; its tails are moved out by the
+rule of Hesterberg, *What teachers should know about the bootstrap*, 2014 ("expanded percentile interval").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .records import Summary
+
+__all__ = [
+    "Interval",
+    "bootstrap_interval",
+    "noise_floor",
+    "ratio_interval",
+    "summarise",
+    "supported_percentiles",
+]
+
+Floats = npt.NDArray[np.float64]
+Statistic = Literal["mean", "median", "max", "sum"]
+Reducer = Callable[[Any], Any]
+Launches = Sequence[Sequence[float]]
+
+PERCENTILES = (90, 95, 99)
+_CHUNK_ELEMENTS = 1 << 21  # 16 MiB of float64 at a time, whatever the number of resamples
+
+_REDUCERS: dict[str, Reducer] = {
+    "mean": lambda x: x.mean(axis=1),
+    "median": lambda x: np.median(x, axis=1),
+    "max": lambda x: x.max(axis=1),
+    "sum": lambda x: x.sum(axis=1),
+}
+
+
+class Interval(NamedTuple):
+    """A value with its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap_interval(
+    samples: npt.ArrayLike,
+    statistic: Statistic | Reducer,
+    *,
+    groups: npt.ArrayLike | None = None,
+    within: bool = False,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """A ``level`` confidence interval ``(low, high)`` of a statistic of ``samples [n]`` or ``[n, k]``.
+
+    ``statistic`` is a name, or a function that maps ``[R, n]`` (or ``[R, n, k]``) to ``[R]``, one value a resample.
+    ``groups [n]`` says which samples belong together (a launch, a window of text): whole groups are resampled;
+    with ``within`` samples are resampled inside the drawn groups too, right for few groups of noisy samples.
+    The same seed gives the same interval. Raises :class:`ValueError` for fewer than two independent units.
+    """
+    values = np.asarray(samples, dtype=np.float64)
+    reducer = _REDUCERS[statistic] if isinstance(statistic, str) else statistic
+    members = _members(len(values), groups)
+    if len(members) < 2:
+        raise ValueError(f"an interval needs at least 2 independent samples or groups, got {len(members)}")
+    generator = np.random.default_rng(seed)
+    drawn = _resample(values, members, reducer, within and groups is not None, resamples, generator)
+    return _tails(drawn, level, len(members))
+
+
+def ratio_interval(
+    a: Launches,
+    b: Launches,
+    *,
+    statistic: Statistic = "median",
+    paired: bool = True,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """statistic(a) / statistic(b) with its interval; ``a`` and ``b`` hold samples per launch.
+
+    ``paired``: launch ``i`` of both ran next to each other (interleaved), so both are drawn together and slow phases
+    of the machine cancel; with unequal numbers of launches they are drawn apart. Inside launches samples are always
+    drawn apart. With a single launch only the samples inside it are resampled.
+    """
+    left, right = [np.asarray(x, dtype=np.float64) for x in a], [np.asarray(x, dtype=np.float64) for x in b]
+    if not left or not right or any(x.size == 0 for x in [*left, *right]):
+        raise ValueError("a ratio needs at least one sample in every launch of both sides")
+    reducer = _REDUCERS[statistic]
+
+    def of(launches: Sequence[Floats]) -> float:
+        return float(reducer(np.concatenate(launches)[None, :])[0])
+
+    generator = np.random.default_rng(seed)
+    together = paired and len(left) == len(right)
+    drawn = np.empty(resamples)
+    for index in range(resamples):
+        first = generator.integers(len(left), size=len(left))
+        second = first if together else generator.integers(len(right), size=len(right))
+        over = of([generator.choice(left[i], left[i].size) for i in first])
+        under = of([generator.choice(right[i], right[i].size) for i in second])
+        drawn[index] = over / under
+    fewest = min(len(left), len(right))
+    units = fewest if fewest > 1 else min(left[0].size, right[0].size)
+    low, high = _tails(drawn, level, units) if units > 1 else (drawn.min(), drawn.max())
+    return Interval(of(left) / of(right), float(low), float(high))
+
+
+def noise_floor(a: Launches, again: Launches, *, level: float = 0.95, seed: int = 0) -> float:
+    """The relative difference that one subject, measured twice as if it were two, shows by chance.
+
+    It is the larger side of the interval of the A/A ratio, as a fraction (``0.03``: three per cent). Differences
+    between two subjects below it mean nothing.
+    """
+    interval = ratio_interval(a, again, level=level, seed=seed)
+    return max(interval.high, 1 / interval.low) - 1
+
+
+def supported_percentiles(n: int, *, level: float = 0.95) -> tuple[int, ...]:
+    """Which of the 90th, 95th and 99th percentiles ``n`` samples support.
+
+    Percentile ``p`` is supported when the largest sample bounds it with confidence ``level``, that is when
+    ``1 - (p/100)**n >= level``: p90 needs 29 samples, p95 59, p99 299 (the binomial bound that MLPerf LoadGen's early
+    stopping uses with no sample above it).
+
+    >>> supported_percentiles(28), supported_percentiles(29), supported_percentiles(299)
+    ((), (90,), (90, 95, 99))
+    """
+    return tuple(p for p in PERCENTILES if 1 - (p / 100) ** n >= level)
+
+
+def summarise(
+    samples_per_launch: Launches,
+    statistic: Literal["median", "mean", "max", "sum", "exact"] = "median",
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Summary:
+    """The summary of raw samples, one list per launch: value, interval, and the percentiles that ``n`` supports.
+
+    No interval for ``max`` and ``exact`` (a bootstrap can't see beyond the largest sample) nor for a single sample.
+    With one launch the interval is of that launch alone. Raises :class:`ValueError` when there is no sample, or
+    when samples called exact differ.
+    """
+    launches = [np.asarray(launch, dtype=np.float64) for launch in samples_per_launch if len(launch)]
+    if not launches:
+        raise ValueError("no samples to summarise")
+    values = np.concatenate(launches)
+    if not np.isfinite(values).all():
+        raise ValueError("samples hold NaN or infinity")
+    n = len(values)
+    if statistic == "exact":
+        if values.min() != values.max():
+            raise ValueError(f"samples called exact differ: {values.min()} to {values.max()}")
+        return Summary(float(values[0]), "exact", n, level=level)
+    value = float(_REDUCERS[statistic](values[None, :])[0])
+    percentiles = {f"p{p}": float(np.quantile(values, p / 100, method="higher")) for p in supported_percentiles(n)}
+    if statistic in ("max", "sum"):
+        return Summary(value, statistic, n, level=level, percentiles=percentiles if statistic == "max" else {})
+    if n < 2:
+        return Summary(value, statistic, n, level=level)
+    groups = np.repeat(np.arange(len(launches)), [len(launch) for launch in launches]) if len(launches) > 1 else None
+    low, high = bootstrap_interval(
+        values, statistic, groups=groups, within=True, level=level, resamples=resamples, seed=seed
+    )
+    return Summary(value, statistic, n, low, high, level, percentiles)
+
+
+def _members(n: int, groups: npt.ArrayLike | None) -> list[npt.NDArray[np.intp]]:
+    """The indices of the samples of each independent unit."""
+    if groups is None:
+        return list(np.arange(n)[:, None])
+    labels = np.asarray(groups)
+    if labels.shape != (n,):
+        raise ValueError(f"groups have shape {labels.shape}, samples {n} rows")
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(np.unique(labels, return_inverse=True)[1][order])) + 1)
+
+
+def _resample(
+    values: Floats,
+    members: list[npt.NDArray[np.intp]],
+    reducer: Reducer,
+    within: bool,
+    resamples: int,
+    generator: np.random.Generator,
+) -> Floats:
+    """The statistic of ``resamples`` resamples, in chunks of bounded memory; groups of unequal size one by one."""
+    count, sizes = len(members), {len(member) for member in members}
+    drawn = []
+    if len(sizes) == 1:
+        table = np.stack(members)  # [groups, size]
+        size = table.shape[1]
+        width = values[0].size if values.ndim > 1 else 1
+        step = max(1, _CHUNK_ELEMENTS // (count * size * width))
+        for start in range(0, resamples, step):
+            rows = min(step, resamples - start)
+            chosen = generator.integers(count, size=(rows, count))
+            if within:
+                inner = generator.integers(size, size=(rows, count, size))
+                index = table[chosen[:, :, None], inner]
+            else:
+                index = table[chosen]
+            drawn.append(np.asarray(reducer(values[index.reshape(rows, -1)]), dtype=np.float64))
+    else:
+        for _ in range(resamples):
+            picked = [members[i] for i in generator.integers(count, size=count)]
+            if within:
+                picked = [generator.choice(member, len(member)) for member in picked]
+            drawn.append(np.asarray(reducer(values[np.concatenate(picked)][None]), dtype=np.float64))
+    return np.concatenate(drawn)
+
+
+def _tails(drawn: Floats, level: float, units: int) -> tuple[float, float]:
+    """The expanded percentile interval of resampled statistics with ``units`` independent units."""
+    from scipy.stats import norm, t
+
+    tail = (1 - level) / 2
+    expanded = float(norm.cdf(math.sqrt(units / (units - 1)) * t.ppf(tail, units - 1)))
+    low, high = np.quantile(drawn, [expanded, 1 - expanded])
+    return float(low), float(high)

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from edgestill.bench.statistics import (
+    bootstrap_interval,
+    noise_floor,
+    ratio_interval,
+    summarise,
+    supported_percentiles,
+)
+
+
+def test_the_interval_of_a_mean_agrees_with_student_t() -> None:
+    samples = np.random.default_rng(1).normal(10, 2, size=200)
+    low, high = bootstrap_interval(samples, "mean", resamples=4000)
+    expected = stats.t.interval(0.95, 199, loc=samples.mean(), scale=stats.sem(samples))
+    assert (low, high) == pytest.approx(expected, abs=0.04)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(2)
+    hits = 0
+    for trial in range(300):
+        low, high = bootstrap_interval(generator.normal(0, 1, size=12), "mean", resamples=400, seed=trial)
+        hits += low <= 0 <= high
+    assert 0.90 <= hits / 300 <= 0.99
+
+
+def test_whole_groups_are_resampled() -> None:
+    # 20 windows of 50 equal tokens: 1000 rows, but only 20 independent values.
+    level = np.random.default_rng(3).normal(size=20)
+    samples, groups = np.repeat(level, 50), np.repeat(np.arange(20), 50)
+    naive = np.subtract(*bootstrap_interval(samples, "mean")[::-1])
+    clustered = np.subtract(*bootstrap_interval(samples, "mean", groups=groups)[::-1])
+    alone = np.subtract(*bootstrap_interval(level, "mean")[::-1])
+    assert clustered == pytest.approx(alone, rel=1e-9)
+    assert clustered > 5 * naive
+
+
+def test_groups_may_be_unequal_and_in_any_order() -> None:
+    generator = np.random.default_rng(4)
+    samples, groups = generator.normal(5, 1, 103), generator.integers(12, size=103)
+    order = generator.permutation(103)
+    one = bootstrap_interval(samples, "mean", groups=groups)
+    other = bootstrap_interval(samples[order], "mean", groups=groups[order])
+    assert one == pytest.approx(other, rel=1e-12)
+    assert one[0] < samples.mean() < one[1]
+
+
+def test_a_function_of_columns_is_a_statistic() -> None:
+    generator = np.random.default_rng(5)
+    table = np.stack([generator.normal(2, 0.1, 400), generator.normal(1, 0.1, 400)], axis=1)
+    low, high = bootstrap_interval(table, lambda x: x[..., 0].mean(axis=1) / x[..., 1].mean(axis=1))
+    assert low < 2 < high
+    assert high - low < 0.1
+
+
+def test_same_seed_same_interval() -> None:
+    samples = np.arange(50.0)
+    assert bootstrap_interval(samples, "mean", seed=7) == bootstrap_interval(samples, "mean", seed=7)
+    assert bootstrap_interval(samples, "mean", seed=7) != bootstrap_interval(samples, "mean", seed=8)
+
+
+def test_one_sample_has_no_interval() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        bootstrap_interval([1.0], "mean")
+
+
+@pytest.mark.parametrize(("n", "expected"), [(0, ()), (28, ()), (29, (90,)), (58, (90,)), (59, (90, 95)),
+                                             (298, (90, 95)), (299, (90, 95, 99))])  # fmt: skip
+def test_supported_percentiles(n: int, expected: tuple[int, ...]) -> None:
+    assert supported_percentiles(n) == expected
+
+
+def test_summary_keeps_only_supported_percentiles() -> None:
+    few = summarise([list(range(10)), list(range(10))])
+    many = summarise([list(range(15)), list(range(15))])
+    assert few.percentiles == {}
+    assert many.percentiles == {"p90": 13.0}
+    assert (few.value, few.n) == (4.5, 20)
+    assert few.low is not None
+    assert few.high is not None
+    assert few.low <= 4.5 <= few.high
+
+
+def test_the_summary_sees_the_spread_between_launches() -> None:
+    generator = np.random.default_rng(6)
+    launches = [list(generator.normal(center, 0.01, 30)) for center in (9, 10, 11)]
+    summary = summarise(launches)
+    assert summary.low is not None
+    assert summary.high is not None
+    assert summary.low < 9.1
+    assert summary.high > 10.9
+
+
+def test_exact_and_max_have_no_interval() -> None:
+    assert summarise([[7.0], [7.0]], "exact").low is None
+    assert summarise([[1.0, 3.0], [2.0]], "max").value == 3.0
+    with pytest.raises(ValueError, match="differ"):
+        summarise([[7.0], [8.0]], "exact")
+    with pytest.raises(ValueError, match="no samples"):
+        summarise([[], []])
+    with pytest.raises(ValueError, match="NaN"):
+        summarise([[float("nan")]])
+
+
+def test_pairing_cancels_slow_phases_of_the_machine() -> None:
+    generator = np.random.default_rng(7)
+    drift = [1.0, 1.5, 0.8, 1.2, 2.0]
+    a = [list(2 * d * generator.normal(1, 0.01, 30)) for d in drift]
+    b = [list(d * generator.normal(1, 0.01, 30)) for d in drift]
+    paired = ratio_interval(a, b, statistic="mean")
+    apart = ratio_interval(a, b, statistic="mean", paired=False)
+    assert paired.low < 2 < paired.high
+    assert paired.high - paired.low < 0.1 * (apart.high - apart.low)
+
+
+def test_noise_floor_is_small_for_a_steady_machine_and_large_for_a_busy_one() -> None:
+    generator = np.random.default_rng(8)
+
+    def launches(spread: float) -> list[list[float]]:
+        return [list(generator.normal(1, spread, 20) * generator.normal(1, spread)) for _ in range(3)]
+
+    steady, busy = noise_floor(launches(0.001), launches(0.001)), noise_floor(launches(0.1), launches(0.1))
+    assert 0 < steady < 0.02
+    assert busy > 0.05
