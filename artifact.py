@@ -157,11 +157,8 @@ class Artifact:
     def model_bytes(self) -> int:
         """Bytes of the model itself, without tokenizer and templates."""
         entry = self.manifest.entry
-        return sum(
-            f.size_bytes
-            for f in self.manifest.files
-            if f.path == entry or f.path.startswith((entry + "/", entry + "."))
-        )
+        parts = (entry + "/", entry + ".")  # a package's folder; external data beside a file
+        return sum(f.size_bytes for f in self.manifest.files if f.path == entry or f.path.startswith(parts))
 
     def tensors(self) -> tuple[StoredTensor, ...]:
         """The weight map, empty for an artifact of another tool."""
@@ -260,14 +257,11 @@ def _parse(path: Path) -> Manifest:
                 f"{path} has schema_version {raw['schema_version']}, this edgestill reads {SCHEMA_VERSION}",
                 hint="export it again with this version",
             )
-        specs = {
-            key: tuple(TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in raw[key])
-            for key in ("inputs", "outputs")
-        }
         return Manifest(
             **{
                 **raw,
-                **specs,
+                "inputs": _specs(raw["inputs"]),
+                "outputs": _specs(raw["outputs"]),
                 "labels": tuple(raw.get("labels", ())),
                 "files": tuple(FileEntry(**file) for file in raw["files"]),
                 "dtype_histogram": {name: Histogram(**row) for name, row in raw["dtype_histogram"].items()},
@@ -275,3 +269,7 @@ def _parse(path: Path) -> Manifest:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{path} is not an artifact description: {error}", hint="export it again") from None
+
+
+def _specs(rows: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(row["name"], row["dtype"], tuple(row["shape"])) for row in rows)

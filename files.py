@@ -60,7 +60,8 @@ def list_files(root: Path) -> list[PurePosixPath]:
     found = []
     for folder, names, files in os.walk(root):
         for name in [*names, *files]:
-            if (Path(folder) / name).is_symlink():
+            path = Path(folder) / name
+            if path.is_symlink():
                 raise BadInput(
                     f"{Path(folder) / name} is a symbolic link", hint="replace it with the file it points to"
                 )

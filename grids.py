@@ -55,11 +55,11 @@ def quantise_affine(weight: Floats, *, bits: int, block: int | None = None, symm
         scales = (high - low) / top
         inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
         zeros = np.clip(np.rint(-low * inverse), 0, top)
-    scales = np.asarray(scales, np.float32)
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    stored: Floats = np.asarray(scales, np.float32)
+    inverse = np.divide(1, stored, out=np.zeros_like(stored), where=stored != 0)
     codes = np.clip(np.rint(tiles * inverse[..., None]) + zeros[..., None], 0, top)
     codes = codes.reshape(rows, blocks * width)[:, :columns].astype(np.uint8)
-    return Affine(codes, scales, zeros.astype(np.uint8), bits, width)
+    return Affine(codes, stored, zeros.astype(np.uint8), bits, width)
 
 
 def dequantise_affine(grid: Affine) -> Floats:

@@ -342,9 +342,7 @@ def _explain(error: ValidationError, text: str, origin: Path) -> RecipeError:
         known = list(_fields_at(location[:-1]))
         return RecipeError(f"{where}: unknown key `{key}`{more}", hint=nearest(str(location[-1]), known))
     if location and location[-1] == "[key]":
-        return RecipeError(
-            f"{where}: unknown key `{key}`{more}", hint=nearest(str(location[-2]), list(get_args(LossName)))
-        )
+        return RecipeError(f"{where}: unknown key `{key}`{more}", hint=nearest(str(location[-2]), get_args(LossName)))
     message = first["msg"].removeprefix("Value error, ")
     got = "" if first["type"] in ("missing", "value_error") else f", got {str(first['input'])[:60]!r}"
     return RecipeError(f"{where}: `{key}`: {message}{got}{more}", hint="`edgestill init` writes a commented recipe")

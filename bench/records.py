@@ -1,4 +1,4 @@
-"""What the bench writes down: measurements and verdicts, one JSON object a line. Nothing derived without its samples."""
+"""What the bench writes down: measurements and verdicts, a JSON object a line, nothing derived without its samples."""
 
 from __future__ import annotations
 
