@@ -1,0 +1,244 @@
+"""Model folders as torch modules: loading, pooling, saving. The torch side of :mod:`edgestill.checkpoints`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .artifact import Pooling, Task
+from .checkpoints import (
+    ARCHITECTURES,
+    FACTS_FILE,
+    SCHEMA_VERSION,
+    WEIGHTS_FILE,
+    ModelFolder,
+    open_model,
+)
+from .errors import BadInput, MissingDependency
+from .files import atomic_directory
+
+try:
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+    from torch import Tensor, nn
+except ModuleNotFoundError as missing:
+    raise MissingDependency.package(missing.name or "torch", "distill") from None
+
+__all__ = ["SentenceEncoder", "load_tokenizer", "load_torch", "model_class", "quiet", "save_model", "write_folder"]
+
+# What a config or tokenizer_config must not carry on: where it lay, who wrote it, code to run.
+_LOCAL_CONFIG_KEYS = ("_name_or_path", "name_or_path", "transformers_version", "auto_map", "_commit_hash")
+_LOCAL_TOKENIZER_KEYS = (*_LOCAL_CONFIG_KEYS, "tokenizer_file", "vocab_file", "merges_file", "local_files_only",
+                         "is_local", "special_tokens_map_file", "files_loaded")  # fmt: skip
+
+
+class SentenceEncoder(nn.Module):
+    """A text encoder with its pooling: token ids in, one vector a text out.
+
+    ``encoder`` is the Transformers model. Pooling as sentence-transformers defines it: ``mean`` over real tokens,
+    ``cls`` the first token, ``last`` the last real one (right padding); then, with ``normalize``, length 1.
+    """
+
+    def __init__(self, encoder: nn.Module, pooling: Pooling, normalize: bool) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.pooling = pooling
+        self.normalize = normalize
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embed ``input_ids`` [B, T] with ``attention_mask`` [B, T] (1 = real token): float [B, D]."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.pool(hidden, attention_mask)
+
+    def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """Reduce token states [B, T, D] to one vector a text [B, D]."""
+        if self.pooling == "mean":
+            mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+            pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+        elif self.pooling == "cls":
+            pooled = hidden[:, 0]
+        else:
+            last = attention_mask.sum(1) - 1
+            pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+        return nn.functional.normalize(pooled, p=2.0, dim=1) if self.normalize else pooled
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bar, log line or warning of Transformers inside the block; what was set before is restored."""
+    from transformers.utils import logging as hub
+
+    level, bar = hub.get_verbosity(), hub.is_progress_bar_enabled()
+    hub.set_verbosity_error()
+    hub.disable_progress_bar()
+    torch_log = logging.getLogger("torch.distributed.elastic.multiprocessing.redirects")
+    torch_level = torch_log.level
+    torch_log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch_log.setLevel(torch_level)
+        hub.set_verbosity(level)
+        if bar:
+            hub.enable_progress_bar()
+
+
+def model_class(task: Task) -> Any:
+    """The Transformers auto class of a task."""
+    return {
+        "feature-extraction": transformers.AutoModel,
+        "text-classification": transformers.AutoModelForSequenceClassification,
+        "text-generation": transformers.AutoModelForCausalLM,
+    }[task]
+
+
+def extra_arguments(architecture: str, task: Task) -> dict[str, Any]:
+    """A sentence encoder leaves BERT's pooler out: nothing reads it, and it would be shipped."""
+    leave_out = task == "feature-extraction" and ARCHITECTURES[architecture].has_pooler
+    return {"add_pooling_layer": False} if leave_out else {}
+
+
+def load_torch(folder: Path) -> nn.Module:
+    """The model of a folder in fp32, ``eval()``, on the CPU; a :class:`SentenceEncoder` for embeddings.
+
+    Reads local files only and prints nothing. Raises what :func:`edgestill.checkpoints.open_model` raises, and
+    :class:`BadInput` when weights are missing or have another shape than the config says.
+    """
+    described = open_model(folder)
+    with quiet():
+        model, info = model_class(described.task).from_pretrained(
+            folder,
+            local_files_only=True,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported just below, in one line
+            **extra_arguments(described.architecture, described.task),
+        )
+    check_loaded(info, folder)
+    model.eval()
+    if described.pooling is None:
+        return model  # type: ignore[no-any-return]
+    return SentenceEncoder(model, described.pooling, described.normalize).eval()
+
+
+def check_loaded(info: dict[str, Any], where: Path) -> None:
+    """Turn Transformers' loading report into one error."""
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if found := sorted(str(item) for item in info.get(kind) or ()):
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            what = {"missing_keys": "weights are missing", "mismatched_keys": "weights have another shape"}
+            raise BadInput(
+                f"{where}: {what.get(kind, 'weights do not load')}: {found[0]}{more}",
+                hint="config and weights are not of the same model",
+            )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The fast tokenizer of a model folder (right padding), from local files only."""
+    if not (folder / "tokenizer.json").is_file():
+        raise BadInput(f"{folder} has no tokenizer.json", hint="save the model's fast tokenizer beside it")
+    try:
+        with quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInput(
+            f"{folder}: the tokenizer does not load: {reason}", hint="save it again, or fetch again"
+        ) from None
+    except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
+        if type(error) is not Exception:
+            raise
+        raise BadInput(f"{folder}: the tokenizer does not load: {error}", hint="save it again") from None
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def save_model(model: nn.Module, tokenizer: Any, out: Path, like: ModelFolder, **changes: Any) -> ModelFolder:
+    """Write a model folder, whole or not at all, and open it.
+
+    ``model`` is a :class:`SentenceEncoder` or a Transformers model whose ``config`` is true (layers cut, …). What the
+    weights don't say comes from ``like``; ``changes`` replaces its fields ``task pooling normalize max_length license
+    prompt_prefix``. Same weights, same bytes: no path, time or version is written.
+    """
+    facts = dataclasses.replace(like, **changes)
+    with atomic_directory(out) as folder:
+        write_folder(model, tokenizer, folder, facts)
+    return open_model(out)
+
+
+def write_folder(model: nn.Module, tokenizer: Any, folder: Path, facts: ModelFolder) -> None:
+    """Fill ``folder`` with config, weights, tokenizer and ``edgestill.json``."""
+    inner: Any = model.encoder if isinstance(model, SentenceEncoder) else model
+    config = {key: value for key, value in inner.config.to_diff_dict().items() if key not in _LOCAL_CONFIG_KEYS}
+    row = ARCHITECTURES[config["model_type"]]
+    for key in (row.layers_key, row.hidden_key, row.heads_key, row.ffn_key, "vocab_size", "max_position_embeddings"):
+        config[key] = getattr(inner.config, key)  # a diff leaves out what happens to be the default
+    config["tie_word_embeddings"] = bool(getattr(inner.config, "tie_word_embeddings", False))
+    config.update(architectures=[type(inner).__name__], dtype="float32")
+    if facts.task == "text-classification":
+        config["id2label"] = {str(key): label for key, label in inner.config.id2label.items()}
+        config["label2id"] = {label: int(key) for key, label in inner.config.id2label.items()}
+    _write_json(folder / "config.json", config)
+    save_file(_weights(inner), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    _write_tokenizer(tokenizer, folder, facts.max_length)
+    known = {
+        "schema_version": SCHEMA_VERSION,
+        "task": facts.task,
+        "pooling": facts.pooling,
+        "normalize": facts.normalize,
+        "max_length": facts.max_length,
+        "license": facts.license,
+        "prompt_prefix": facts.prompt_prefix,
+    }
+    _write_json(folder / FACTS_FILE, known)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """fp32 parameters and persistent buffers by name, tied ones once (under the first name)."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    persistent = model.state_dict(keep_vars=True)
+    for name, tensor in persistent.items():
+        if id(tensor) in seen or not tensor.is_floating_point():
+            continue
+        seen.add(id(tensor))
+        found[name] = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    return found
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path, max_length: int) -> None:
+    """The tokenizer's files without truncation, padding or paths; ``model_max_length`` is the model's."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise BadInput("the tokenizer is not a fast one", hint="save it as tokenizer.json with the tokenizers library")
+    truncation, padding, longest = backend.truncation, backend.padding, tokenizer.model_max_length
+    backend.no_truncation()
+    backend.no_padding()
+    tokenizer.model_max_length = max_length
+    try:
+        with quiet():
+            tokenizer.save_pretrained(folder)
+    finally:
+        tokenizer.model_max_length = longest
+        if truncation:
+            backend.enable_truncation(**truncation)
+        if padding:
+            backend.enable_padding(**padding)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    _write_json(path, {key: value for key, value in config.items() if key not in _LOCAL_TOKENIZER_KEYS})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
