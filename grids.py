@@ -1,7 +1,8 @@
 """What a quantised weight of each format means, in numpy: quantise, pack, unpack, dequantise.
 
 Everything that needs to know stands on this one file: exporters write with it, verification reads with it,
-quantisation-aware distillation trains through it, the Core ML interpreter executes with it.
+quantisation-aware distillation trains through it, the Core ML interpreter executes with it. The grids of llama.cpp
+stand in :mod:`edgestill.ggml_grids` and are re-exported here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Affine", "dequantise_affine", "quantise_affine"]
+from .ggml_grids import GGML_GRIDS, GgmlGrid, dequantise, ggml_grid, ggml_size, quantise
+
+__all__ = [
+    "GGML_GRIDS",
+    "Affine",
+    "GgmlGrid",
+    "dequantise",
+    "dequantise_affine",
+    "ggml_grid",
+    "ggml_size",
+    "quantise",
+    "quantise_affine",
+]
 
 Floats = npt.NDArray[np.float32]
 
