@@ -78,7 +78,7 @@ METRICS: Mapping[str, Metric] = _table(
     Metric("accuracy_ratio", "ratio", "higher", ".1%", "accuracy over the teacher's on the same examples", "accuracy",
            _LABELLED),
     Metric("ece", "fraction", "lower", ".2%", "expected calibration error of the first choice, 15 bins of equal width",
-           "accuracy", _DISTRIBUTION),
+           "accuracy", _CLASSES),
     # speed
     Metric("latency_ms", "ms", "lower", ".2f", "one forward pass of the timed input", "speed"),
     Metric("first_inference_ms", "ms", "lower", ".2f", "the first forward pass after loading", "speed"),

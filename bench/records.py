@@ -12,7 +12,16 @@ from typing import Any, Literal
 from ..errors import BadInput
 from ..files import atomic_write, canonical_json
 
-__all__ = ["Check", "Measurement", "Summary", "Verdict", "read_measurements", "write_measurements"]
+__all__ = [
+    "Check",
+    "Measurement",
+    "Summary",
+    "Verdict",
+    "read_measurements",
+    "read_verdicts",
+    "verdict_from_json",
+    "write_measurements",
+]
 
 MEASUREMENT_VERSION = 1
 VERDICT_VERSION = 1
@@ -21,10 +30,14 @@ VERDICT_VERSION = 1
 @dataclass(frozen=True)
 class Summary:
     """Of the samples: ``value`` (the headline, by ``statistic``), a confidence interval ``low``–``high`` at ``level``,
-    ``n`` samples; ``percentiles`` holds only those that ``n`` supports (``{"p90": …}``)."""
+    ``n`` samples; ``percentiles`` holds only those that ``n`` supports (``{"p90": …}``).
+
+    ``derived``: not a reduction of samples of its own but of all examples together (Spearman over pairs, a percentile
+    of another metric's samples); ``protocol`` then says of what.
+    """
 
     value: float
-    statistic: Literal["median", "mean", "max", "sum", "exact"]
+    statistic: Literal["median", "mean", "max", "sum", "exact", "geometric_mean", "derived"]
     n: int
     low: float | None = None
     high: float | None = None
@@ -137,3 +150,14 @@ def read_measurements(path: Path) -> list[Measurement]:
 def verdict_from_json(raw: Mapping[str, Any]) -> Verdict:
     """The inverse of :func:`dataclasses.asdict` for a verdict."""
     return Verdict(**{**raw, "checks": tuple(Check(**check) for check in raw["checks"])})
+
+
+def read_verdicts(path: Path) -> list[Verdict]:
+    """Read a ``verdicts.jsonl``, oldest first; :class:`BadInput` names a bad line."""
+    verdicts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            verdicts.append(verdict_from_json(json.loads(line)))
+        except (ValueError, TypeError, KeyError) as error:
+            raise BadInput(f"{path}:{number}: not a verdict: {error}", hint="verify the artifact again") from None
+    return verdicts
