@@ -22,10 +22,8 @@ ROW = Measurement(
     artifact_id="a", runtime="onnxruntime", runtime_version="1.32", backend="CPUExecutionProvider", device="here",
     threads=2, protocol={"repeats": 3}, environment={"cpu": "x"}, placement={"cpu": 7},
 )  # fmt: skip
-VERDICT = Verdict(
-    "a", "onnx-int4", "failed",
-    (Check("weights", "integrity", False, 2.0, 1.0, first_tensor="w"), Check("x", "loss", True)), "onnxruntime", "1.32", "cpu", "here",
-)  # fmt: skip
+CHECKS = (Check("weights", "integrity", False, 2.0, 1.0, first_tensor="w"), Check("x", "loss", True))
+VERDICT = Verdict("a", "onnx-int4", "failed", CHECKS, "onnxruntime", "1.32", "cpu", "here")
 
 
 def test_measurements_survive_a_round_trip(tmp_path):
