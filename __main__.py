@@ -1,0 +1,5 @@
+"""``python -m edgestill``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,185 @@
+"""A run folder and its stages: what was done, from what, with what result; nothing is done twice, nothing is lost.
+
+``run.json`` maps each stage to the hash of its input (configuration, input ids, the stage's own version, library
+versions, threads) and of its output. A stage is skipped when both still hold. It is written after every stage, whole
+or not at all, so a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import UsageError
+from .files import atomic_write, hash_json, hash_tree, read_json
+
+__all__ = ["Observer", "RunFolder", "StageRecord", "library_versions", "usable_threads"]
+
+RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
+SCHEMA_VERSION = 1
+# Libraries whose version may change what a stage writes.
+LIBRARIES = (
+    "torch", "transformers", "accelerate", "numpy", "onnx", "onnxruntime", "onnxscript", "coremltools", "gguf",
+    "llama-cpp-python",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One stage as ``run.json`` keeps it. ``seconds`` is its wall time; ``facts`` what later stages need to know."""
+
+    input_hash: str
+    output_hash: str
+    status: Literal["done", "failed"]
+    seconds: float
+    finished: str
+    outputs: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Observer:
+    """What a run tells the outside. This one listens and says nothing; ``terminal.py`` has the one that draws."""
+
+    def started(self, name: str, title: str) -> None:
+        """A stage begins."""
+
+    def advanced(self, message: str, fraction: float | None = None) -> None:
+        """The current stage is at ``fraction`` (0-1, or unknown); this is the ``progress`` of the rooms below."""
+
+    def finished(self, name: str, seconds: float, note: str) -> None:
+        """A stage ended well; ``note`` is its result in a few words."""
+
+    def unchanged(self, name: str, title: str, note: str) -> None:
+        """A stage need not run: its input is the same and its output is whole."""
+
+
+@functools.cache
+def library_versions() -> dict[str, str]:
+    """Versions of edgestill, Python and the libraries that are installed."""
+    found = {"python": platform.python_version()}
+    for name in ("edgestill", *LIBRARIES):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+class RunFolder:
+    """A run folder, locked for this process while the context is open."""
+
+    def __init__(self, path: Path, observer: Observer | None = None) -> None:
+        self.path = path
+        self.observer = observer or Observer()
+        self.skipped: list[str] = []
+        self._records: dict[str, StageRecord] = {}
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[RunFolder]:
+        """Hold the folder's lock; a second run at once is a :class:`UsageError`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / LOCK_FILE).open("a+") as stream:
+            try:
+                import fcntl
+
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ImportError:
+                pass  # no advisory locks on this system: nothing to hold
+            except OSError:
+                raise UsageError(
+                    f"another run is working in {self.path}", hint="wait for it, or pass --runs another/folder"
+                ) from None
+            self._records = self._read()
+            yield self
+
+    def _read(self) -> dict[str, StageRecord]:
+        if not (self.path / RUN_FILE).exists():
+            return {}
+        raw = read_json(self.path / RUN_FILE)
+        if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION:
+            raise UsageError(
+                f"{self.path / RUN_FILE} was written by another version of edgestill",
+                hint="use another --runs folder, or remove this one",
+            )
+        return {name: StageRecord(**{**row, "outputs": tuple(row["outputs"])}) for name, row in raw["stages"].items()}
+
+    def _write(self) -> None:
+        rows = {name: dataclasses.asdict(record) for name, record in self._records.items()}
+        document = {"schema_version": SCHEMA_VERSION, "versions": library_versions(), "stages": rows}
+        atomic_write(self.path / RUN_FILE, json.dumps(document, indent=1) + "\n")
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def records(self) -> dict[str, StageRecord]:
+        """What is known of each stage, in the order in which they ended."""
+        return dict(self._records)
+
+    def is_done(self, name: str, inputs: Mapping[str, Any]) -> bool:
+        """Whether ``name`` need not run: same input, and its outputs still hash right."""
+        record = self._records.get(name)
+        return (
+            record is not None
+            and record.status == "done"
+            and record.input_hash == _input_hash(inputs)
+            and record.output_hash == self._output_hash(record.outputs)
+        )
+
+    def stage(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        action: Callable[[], Mapping[str, Any] | None],
+        outputs: Sequence[str] | Callable[[], Sequence[str]] = (),
+        title: str = "",
+    ) -> Mapping[str, Any]:
+        """Run ``action`` unless :meth:`is_done`, record it, and return its facts.
+
+        ``inputs`` is everything that decides the outcome, JSON-able; ``outputs`` are paths relative to the folder
+        (or a function that lists them afterwards). A fact called ``note`` is shown to the user.
+        """
+        title = title or name
+        if self.is_done(name, inputs):
+            self.skipped.append(name)
+            record = self._records[name]
+            self.observer.unchanged(name, title, str(record.facts.get("note", "")))
+            return record.facts
+        self.observer.started(name, title)
+        began = time.monotonic()
+        facts = action() or {}
+        written = tuple(outputs() if callable(outputs) else outputs)
+        self._records.pop(name, None)
+        self._records[name] = record = StageRecord(
+            input_hash=_input_hash(inputs),
+            output_hash=self._output_hash(written),
+            status="done",
+            seconds=round(time.monotonic() - began, 3),
+            finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            outputs=written,
+            facts=facts,
+        )
+        self._write()
+        self.observer.finished(name, record.seconds, str(facts.get("note", "")))
+        return facts
+
+    def _output_hash(self, outputs: Sequence[str]) -> str:
+        hashes = {name: hash_tree(self.path / name) if (self.path / name).exists() else None for name in outputs}
+        return hash_json(hashes)
+
+
+def _input_hash(inputs: Mapping[str, Any]) -> str:
+    return hash_json({"inputs": inputs, "versions": library_versions()})
+
+
+def usable_threads() -> int:
+    """CPU threads that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
