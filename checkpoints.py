@@ -231,7 +231,7 @@ def open_model(folder: Path) -> ModelFolder:
     facts = read_json(folder / FACTS_FILE)
     if not isinstance(facts, dict) or facts.get("schema_version") != SCHEMA_VERSION:
         raise BadInput(f"{folder / FACTS_FILE}: schema_version must be {SCHEMA_VERSION}", hint="prepare it again")
-    task = facts.get("task")
+    task: Any = facts.get("task")
     row = find_architecture(config, folder, str(task))
     header = read_safetensors_header(folder / WEIGHTS_FILE)
     check_sizes(config, row, header, folder)

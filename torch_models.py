@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import pickle  # for the name of its error only
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ _LOCAL_TOKENIZER_KEYS = (*_LOCAL_CONFIG_KEYS, "tokenizer_file", "vocab_file", "m
                          "is_local", "special_tokens_map_file", "files_loaded")  # fmt: skip
 
 
-class SentenceEncoder(nn.Module):
+class SentenceEncoder(nn.Module):  # type: ignore[misc]
     """A text encoder with its pooling: token ids in, one vector a text out.
 
     ``encoder`` is the Transformers model. Pooling as sentence-transformers defines it: ``mean`` over real tokens,
@@ -128,8 +129,65 @@ def load_torch(folder: Path) -> nn.Module:
     check_loaded(info, folder)
     model.eval()
     if described.pooling is None:
-        return model  # type: ignore[no-any-return]
+        return model
     return SentenceEncoder(model, described.pooling, described.normalize).eval()
+
+
+def build_model(config: dict[str, Any], state: dict[str, Tensor], task: Task, where: Path) -> Any:
+    """The Transformers model of ``config`` with the weights ``state`` (fp32), its names mapped to this version's.
+
+    Weights that the task's model does not have (another head, a pooler) are dropped; missing ones are
+    :class:`BadInput`.
+    """
+    clean = {key: value for key, value in config.items() if key not in _LOCAL_CONFIG_KEYS}
+    with quiet():
+        typed = transformers.AutoConfig.for_model(**clean)
+        arguments = extra_arguments(config["model_type"], task)
+        loader = _class_for(typed, task)
+        model, info = loader.from_pretrained(
+            None, config=typed, state_dict=state, dtype=torch.float32, attn_implementation="sdpa",
+            output_loading_info=True, ignore_mismatched_sizes=True, **arguments,
+        )  # fmt: skip
+    check_loaded(info, where)
+    return model.eval()
+
+
+def _class_for(config: Any, task: Task) -> Any:
+    """The concrete class of ``config`` for ``task`` (``AutoModelForX`` can't load from a state dict)."""
+    return model_class(task)._model_mapping[type(config)]
+
+
+def load_torch_file(path: Path) -> dict[str, Tensor]:
+    """A state dict from a torch file, by ``weights_only``: nothing in the file is executed.
+
+    Raises :class:`BadInput` for a truncated file and for one that holds more than tensors.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except pickle.UnpicklingError:
+        raise BadInput(
+            f"{path} needs more than weights_only to load", hint="convert it to safetensors where you trust it"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadInput(f"{path} is truncated or not a torch file: {reason}", hint="fetch it again") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise BadInput(f"{path} is not a state dict", hint="save model.state_dict(), or use safetensors")
+    return state
+
+
+def load_source_tokenizer(root: Path, lower_case: bool = False) -> Any:
+    """The fast tokenizer of a foreign folder; ``lower_case``: its user lower-cases first (sentence-transformers)."""
+    if not any((root / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")):
+        raise BadInput(f"{root} has no tokenizer", hint="copy tokenizer.json of the model into it")
+    tokenizer = _open_tokenizer(root)
+    if lower_case:
+        from tokenizers import normalizers
+
+        backend = tokenizer.backend_tokenizer
+        rest = [backend.normalizer] if backend.normalizer is not None else []
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rest])
+    return tokenizer
 
 
 def check_loaded(info: dict[str, Any], where: Path) -> None:
@@ -148,6 +206,10 @@ def load_tokenizer(folder: Path) -> Any:
     """The fast tokenizer of a model folder (right padding), from local files only."""
     if not (folder / "tokenizer.json").is_file():
         raise BadInput(f"{folder} has no tokenizer.json", hint="save the model's fast tokenizer beside it")
+    return _open_tokenizer(folder)
+
+
+def _open_tokenizer(folder: Path) -> Any:
     try:
         with quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
