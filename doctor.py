@@ -1,4 +1,4 @@
-"""``edgestill doctor``: which runtimes, tools and targets this machine has, and the line that installs what is missing."""
+"""``edgestill doctor``: which runtimes, tools and targets are here, and the line that installs what is missing."""
 
 from __future__ import annotations
 
