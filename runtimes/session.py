@@ -14,7 +14,17 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["DecodedToken", "Session", "SessionInfo", "SessionOptions"]
+from ..errors import BadInput, Unsupported
+
+__all__ = [
+    "DecodedToken",
+    "Session",
+    "SessionInfo",
+    "SessionOptions",
+    "check_batch",
+    "check_prompt",
+    "open_session",
+]
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -82,10 +92,40 @@ class Session(Protocol):
         ...
 
 
-def open_session(folder: Path, options: SessionOptions | None = None) -> Session:
+def check_batch(ids: npt.NDArray[Any], mask: npt.NDArray[Any], info: SessionInfo) -> None:
+    """The input of ``forward`` keeps the protocol: int64 ``[B, T]``, ids of the vocabulary, right padding, at least one
+    real token a row, not longer than the model takes. :class:`BadInput` names what does not."""
+    hint = "ids and attention_mask are int64 [batch, length], padded on the right"
+    if ids.ndim != 2 or ids.shape != mask.shape or 0 in ids.shape:
+        raise BadInput(f"ids {list(ids.shape)} with mask {list(mask.shape)}", hint=hint)
+    if ids.dtype != np.int64 or mask.dtype != np.int64:
+        raise BadInput(f"ids of {ids.dtype} with mask of {mask.dtype}", hint=hint)
+    if ids.min() < 0 or ids.max() >= info.vocab_size:
+        raise BadInput(f"token ids {ids.min()} to {ids.max()}, the vocabulary has {info.vocab_size}", hint=hint)
+    if ((mask != 0) & (mask != 1)).any() or (np.diff(mask, axis=1) > 0).any() or not mask[:, 0].all():
+        raise BadInput("the mask is not ones followed by zeros", hint=hint)
+    if ids.shape[1] > info.max_length:
+        raise BadInput(f"{ids.shape[1]} tokens, the model takes {info.max_length}", hint="cut the text")
+
+
+def check_prompt(prompt_ids: Sequence[int], max_new_tokens: int, info: SessionInfo) -> None:
+    """The input of ``decode`` is possible, or :class:`BadInput`."""
+    if info.task != "text-generation":
+        raise Unsupported(f"a {info.task} model does not decode", hint="use forward")
+    if not prompt_ids or max_new_tokens < 1:
+        raise BadInput(f"{len(prompt_ids)} prompt tokens, {max_new_tokens} new ones", hint="at least one of each")
+    if min(prompt_ids) < 0 or max(prompt_ids) >= info.vocab_size:
+        raise BadInput(f"a prompt id is outside the vocabulary of {info.vocab_size}", hint="use the model's tokenizer")
+    if len(prompt_ids) + max_new_tokens > info.max_length:
+        total = f"{len(prompt_ids)} + {max_new_tokens}"
+        raise BadInput(f"{total} tokens, the model takes {info.max_length}", hint="shorten the prompt")
+
+
+def open_session(folder: Path, options: SessionOptions | None = None, *, check: bool = True) -> Session:
     """Open a sealed artifact folder, or a Transformers model folder (then with torch, fp32).
 
-    Raises :class:`edgestill.errors.MissingDependency` when the runtime is not installed, and
+    ``check=False`` skips the comparison of the payload with its hashes, for a caller that just did it. Raises
+    :class:`edgestill.errors.MissingDependency` when the runtime is not installed, and
     :class:`edgestill.errors.BadInput` for a damaged artifact.
     """
     from ..artifact import ARTIFACT_FILE, open_artifact
@@ -95,7 +135,7 @@ def open_session(folder: Path, options: SessionOptions | None = None) -> Session
         from .torch_session import TorchSession
 
         return TorchSession(folder, options)
-    artifact = open_artifact(folder)
+    artifact = open_artifact(folder, check=check)
     match artifact.manifest.format:
         case "onnx":
             from .ort_session import OrtSession
@@ -110,6 +150,4 @@ def open_session(folder: Path, options: SessionOptions | None = None) -> Session
 
             return open_coreml(artifact, options)
         case other:
-            from ..errors import Unsupported
-
             raise Unsupported(f"no runtime opens format {other!r}", hint="known: onnx, gguf, coreml")

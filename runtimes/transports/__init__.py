@@ -1,1 +1,1 @@
-"""Where a worker runs: this machine, later boards and phones."""
+"""Where a worker runs: this machine (:mod:`.local`); :mod:`.client` is what all transports share."""
