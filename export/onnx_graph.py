@@ -1,0 +1,290 @@
+"""Builds an ONNX graph in the way that ONNX Runtime executes fastest, and quantises its weights while doing so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..artifact import StoredTensor
+from ..grids import quantise_affine
+from .onnx_file import Spool
+from .writer import Weights
+
+__all__ = ["BLOCK", "MICROSOFT", "SCHEMES", "Graph", "Kind", "Scheme", "pack_bits"]
+
+MICROSOFT = "com.microsoft"
+BLOCK = 32
+
+Role = Literal["attention", "mlp", "down", "head", "embedding"]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one weight matrix is stored.
+
+    ``float``: in the compute type. ``blocks``: codes of ``bits`` with a scale for each block of :data:`BLOCK`
+    (MatMulNBits, GatherBlockQuantized), activations in float. ``dynamic``: int8 codes with a scale a tensor or a row,
+    activations quantised to uint8 as they come (MatMulInteger).
+    """
+
+    way: Literal["float", "blocks", "dynamic"] = "float"
+    bits: int = 8
+    symmetric: bool = True
+    per_row: bool = False
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a quantisation means: the compute type, and the kind of each role (``default`` where not named)."""
+
+    default: Kind
+    roles: tuple[tuple[Role, Kind], ...] = ()
+    half: bool = False
+
+    def kind(self, role: Role) -> Kind:
+        """How a matrix of this role is stored."""
+        return dict(self.roles).get(role, self.default)
+
+
+_INT8 = Kind("blocks", 8)
+_INT4 = Kind("blocks", 4, symmetric=False)
+
+# 7 bits (ONNX Runtime's reduce_range): u8 x s8 products are added in pairs in 16 bits on x86 without VNNI, and
+# 255 * 64 * 2 is the most that fits. The per-channel variant without it is what ONNX Runtime's documentation warns of;
+# it is here so that verification can be seen to catch it.
+SCHEMES: dict[str, Scheme] = {
+    "fp32": Scheme(Kind()),
+    "fp16": Scheme(Kind(), half=True),
+    "int8": Scheme(_INT8),
+    "int4": Scheme(_INT4, (("head", _INT8), ("embedding", _INT8))),
+    "int8-dynamic": Scheme(Kind("dynamic", 7), (("head", _INT8), ("embedding", _INT8), ("down", _INT8))),
+    "int8-dynamic-per-channel": Scheme(Kind("dynamic", 8, per_row=True), (("embedding", _INT8),)),
+}
+
+
+def pack_bits(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    """Pack the last axis, the first code in the low bits; an odd rest is filled with 0.
+
+    >>> pack_bits(np.array([1, 2, 3], np.uint8), 4).tolist()
+    [33, 3]
+    """
+    if bits == 8:
+        return codes
+    if codes.shape[-1] % 2:
+        codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+class Graph:
+    """Nodes, weights and the weight map of one model in the making.
+
+    ``weights`` are read one at a time; ``scheme`` says how they are stored. Values are named by strings. Activations
+    are float32 between the methods; where the scheme computes in half precision, :meth:`linear` casts.
+    """
+
+    def __init__(self, weights: Weights, scheme: Scheme, spool: Spool) -> None:
+        self.weights = weights
+        self.scheme = scheme
+        self.nodes: list[Any] = []
+        self.tensors: list[StoredTensor] = []
+        self._spool = spool
+        self._names: dict[str, int] = {}
+        self._cache: dict[tuple[str, ...], str] = {}
+
+    # -- nodes ---------------------------------------------------------------------------------------------------
+
+    def op(self, kind: str, *inputs: str, name: str = "", domain: str = "", **attributes: Any) -> str:
+        """Add a node with one output and return that output; an omitted input is ``""``."""
+        return self.ops(kind, inputs, 1, name=name, domain=domain, **attributes)[0]
+
+    def ops(
+        self, kind: str, inputs: Sequence[str], outputs: int | Sequence[str], *, name: str = "", domain: str = "",
+        **attributes: Any,
+    ) -> list[str]:  # fmt: skip
+        """Add a node with several outputs: a number of them, or their names (``""`` for one that is not wanted)."""
+        from onnx import helper
+
+        name = self._unique(name or kind)
+        if isinstance(outputs, int):
+            outputs = [name] if outputs == 1 else [f"{name}.{index}" for index in range(outputs)]
+        self.nodes.append(helper.make_node(kind, list(inputs), list(outputs), name=name, domain=domain, **attributes))
+        return list(outputs)
+
+    def rename(self, value: str, output: str) -> None:
+        """Give a value the name of a graph output."""
+        self.ops("Identity", [value], [output], name=f"{output}.out")
+
+    def constant(self, value: Any, dtype: Any = np.int64) -> str:
+        """A small constant."""
+        return self._spool.constant(np.asarray(value, dtype))
+
+    def cast(self, value: str, dtype: str) -> str:
+        """Convert to ``float32``, ``float16``, ``int32`` …; the same cast of the same value is made once."""
+        from onnx import TensorProto
+
+        key = ("cast", value, dtype)
+        if key not in self._cache:
+            self._cache[key] = self.op("Cast", value, to=getattr(TensorProto, _PROTO[dtype]))
+        return self._cache[key]
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def parameter(self, name: str) -> str:
+        """A vector or table that stays float: norms, biases, positions."""
+        if name not in self._spool:
+            array = self.weights[name]
+            self._spool.add(name, array)
+            self.tensors.append(StoredTensor(name, name, "float32"))
+        return name
+
+    def bias(self, names: Sequence[str], dtype: str = "float32") -> str:
+        """Biases of merged matrices, one after the other."""
+        stored = names[0] if len(names) == 1 else f"{names[0]}+{len(names) - 1}"
+        if stored not in self._spool:
+            parts = [self.weights[name] for name in names]
+            self._spool.add(stored, np.concatenate(parts).astype(dtype))
+            self._record(names, [len(part) for part in parts], stored, dtype, ())
+        return stored
+
+    def linear(
+        self, x: str, names: Sequence[str], biases: Sequence[str] = (), *, role: Role, half: bool = False
+    ) -> str:
+        """``x [..., K] @ W.T + b`` for one matrix ``[N, K]``, or several that share their input, stored as one.
+
+        The result is float32, unless ``half`` asks for what half precision computes (then fp16 comes out).
+        """
+        kind = self.scheme.kind(role)
+        label = "lm_head" if role == "head" and "embed" in names[0] else names[0].removesuffix(".weight")
+        match kind.way:
+            case "float":
+                y = self._linear_float(x, names, biases, label)
+            case "blocks":
+                y = self._linear_blocks(x, names, biases, label, kind)
+            case "dynamic":
+                y = self._linear_dynamic(x, names, biases, label, kind)
+        return self.cast(y, "float32") if self.scheme.half and not half else y
+
+    def _linear_float(self, x: str, names: Sequence[str], biases: Sequence[str], label: str) -> str:
+        dtype = "float16" if self.scheme.half else "float32"
+        stored = self._merged_name(names)
+        x = self.cast(x, dtype) if self.scheme.half else x
+        if names[0] in self._spool:  # tied to the embedding, which is stored as [N, K]
+            y = self.op("FusedMatMul", x, names[0], name=f"{label}.matmul", domain=MICROSOFT, transB=1)
+        else:
+            merged, rows = self._merge(names)
+            self._spool.add(stored, merged.T.astype(dtype))
+            self._record(names, rows, stored, dtype, (("transpose",),))
+            y = self.op("MatMul", x, stored, name=f"{label}.matmul")
+        return self.op("Add", y, self.bias(biases, dtype), name=f"{label}.add") if biases else y
+
+    def _linear_blocks(self, x: str, names: Sequence[str], biases: Sequence[str], label: str, kind: Kind) -> str:
+        codes, scales, zeros, (n, k) = self._store_blocks(names, kind)
+        bias = self.bias(biases) if biases else ""
+        inputs = [x, codes, scales, zeros, "", bias]
+        while not inputs[-1]:
+            inputs.pop()
+        return self.op(
+            "MatMulNBits", *inputs, name=f"{label}.matmul", domain=MICROSOFT, N=n, K=k, bits=kind.bits,
+            block_size=BLOCK, accuracy_level=4,
+        )  # fmt: skip
+
+    def _linear_dynamic(self, x: str, names: Sequence[str], biases: Sequence[str], label: str, kind: Kind) -> str:
+        stored = self._merged_name(names)
+        parts, scales = [], []
+        for name in names:
+            weight = self.weights[name]
+            grid = quantise_affine(weight if kind.per_row else weight.reshape(1, -1), bits=kind.bits)
+            signed = grid.codes.astype(np.int16) - (1 << kind.bits - 1)
+            parts.append(signed.astype(np.int8).reshape(weight.shape))
+            scales.append(np.broadcast_to(grid.scales[:, 0], (weight.shape[0],)))
+        codes = self._spool.add(f"{stored}.int8", np.concatenate(parts).T)
+        scale = self._spool.add(f"{stored}.scales", np.concatenate(scales))
+        self._record(names, [len(part) for part in parts], codes, "int8", (("transpose",),), scale)
+        if (key := ("dynamic", x)) not in self._cache:
+            quantised = self.ops("DynamicQuantizeLinear", [x], 3, name=f"{label}.quantize")
+            self._cache[key] = "\0".join(quantised)
+        levels, step, zero = self._cache[key].split("\0")
+        whole = self.op("MatMulInteger", levels, codes, zero, self.constant(0, np.int8), name=f"{label}.matmul")
+        factor = self.op("Mul", step, scale, name=f"{label}.scale")
+        y = self.op("Mul", self.cast(whole, "float32"), factor, name=f"{label}.rescale")
+        return self.op("Add", y, self.bias(biases), name=f"{label}.add") if biases else y
+
+    def embed(self, ids: str, name: str, *, role: Role = "embedding") -> str:
+        """Rows ``ids`` of the table ``name``, float32."""
+        kind = self.scheme.kind(role)
+        if kind.way == "blocks":
+            codes, scales, zeros, (_, width) = self._store_blocks([name], kind)
+            blocks = -(-width // BLOCK)
+            companions = [
+                self.op("Reshape", companion, self.constant([0, blocks, 1]), name=f"{companion}.blocks")
+                for companion in (scales, zeros)
+                if companion
+            ]
+            if zeros and kind.bits != 8:
+                raise ValueError("a packed zero point has no row of its own: embed with 8 bits or a symmetric grid")
+            tiles = self.op(
+                "GatherBlockQuantized", codes, ids, *companions, name=f"{name}.gather", domain=MICROSOFT,
+                bits=kind.bits, block_size=BLOCK, gather_axis=0, quantize_axis=2,
+            )  # fmt: skip
+            rows = self.op("Reshape", tiles, self.constant([0, 0, blocks * BLOCK]), name=f"{name}.rows")
+            if blocks * BLOCK == width:
+                return rows
+            return self.op("Slice", rows, *(self.constant([v]) for v in (0, width, 2)), name=f"{name}.cut")
+        if name not in self._spool:
+            dtype = "float16" if self.scheme.half else "float32"
+            self._spool.add(name, self.weights[name].astype(dtype))
+            self.tensors.append(StoredTensor(name, name, dtype))
+        rows = self.op("Gather", name, ids, name=f"{name}.gather")
+        return self.cast(rows, "float32") if self.scheme.half else rows
+
+    # -- storing -------------------------------------------------------------------------------------------------
+
+    def _store_blocks(self, names: Sequence[str], kind: Kind) -> tuple[str, str, str, tuple[int, int]]:
+        """Codes ``[N, blocks, bytes]``, scales ``[N, blocks]`` and, if not symmetric, packed zero points."""
+        stored = f"{self._merged_name(names)}.int{kind.bits}-b{BLOCK}"
+        n = sum(self.weights.shape(name)[0] for name in names)
+        k = self.weights.shape(names[0])[1]
+        scales, zeros = f"{stored}.scales", "" if kind.symmetric else f"{stored}.zeros"
+        if stored not in self._spool:
+            merged, rows = self._merge(names)
+            blocks = -(-k // BLOCK)
+            grid = quantise_affine(np.pad(merged, ((0, 0), (0, blocks * BLOCK - k))), bits=kind.bits, block=BLOCK,
+                                   symmetric=kind.symmetric)  # fmt: skip
+            self._spool.add(stored, pack_bits(grid.codes.reshape(n, blocks, BLOCK), kind.bits))
+            self._spool.add(scales, grid.scales)
+            if zeros:
+                self._spool.add(zeros, pack_bits(grid.zero_points, kind.bits))
+            cut = () if blocks * BLOCK == k else (("slice", 1, 0, k),)
+            self._record(names, rows, stored, f"int{kind.bits}-b{BLOCK}", cut, scales, zeros or None)
+        return stored, scales, zeros, (n, k)
+
+    def _merge(self, names: Sequence[str]) -> tuple[Floats, list[int]]:
+        parts = [self.weights[name] for name in names]
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts)), [len(part) for part in parts]
+
+    def _merged_name(self, names: Sequence[str]) -> str:
+        return names[0] if len(names) == 1 else f"{names[0]}+{len(names) - 1}"
+
+    def _record(
+        self, names: Sequence[str], rows: Sequence[int], stored: str, grid: str, layout: tuple[tuple[Any, ...], ...],
+        scales: str | None = None, zero_points: str | None = None,
+    ) -> None:  # fmt: skip
+        """Note where each of the merged weights lies: rows ``[start, stop)`` of the stored one."""
+        start = 0
+        for name, count in zip(names, rows, strict=True):
+            part = () if len(names) == 1 else (("slice", 0, start, start + count),)
+            self.tensors.append(StoredTensor(name, stored, grid, (*layout, *part), scales, zero_points))
+            start += count
+
+    def _unique(self, name: str) -> str:
+        seen = self._names.get(name, -1) + 1
+        self._names[name] = seen
+        return name if not seen else f"{name}_{seen}"
+
+
+_PROTO = {"float32": "FLOAT", "float16": "FLOAT16", "int32": "INT32", "int64": "INT64", "bool": "BOOL"}

@@ -1,0 +1,181 @@
+"""ONNX Runtime behind the session protocol. Numpy and onnxruntime only: it runs on devices."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..artifact import Artifact
+from ..errors import BadInput, MissingDependency, Unsupported
+from .session import DecodedToken, Floats, Ints, SessionInfo, SessionOptions
+
+__all__ = ["OrtSession"]
+
+CPU = "CPUExecutionProvider"
+_QUIET = 3  # severity "error": the runtime's warnings are about its own graph rewriting
+
+
+class OrtSession:
+    """An ONNX artifact in ONNX Runtime.
+
+    ``options.backend`` is an execution provider (default: CPU); ``options.extra`` are session config entries of ONNX
+    Runtime by their names (``{"session.x64quantprecision": "1"}``), and ``"graph_optimization"``
+    (``all | extended | basic | none``).
+    """
+
+    def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
+        try:
+            import onnxruntime
+        except ImportError:
+            raise MissingDependency.package("onnxruntime", "runtimes") from None
+        self._ort = onnxruntime
+        self._manifest = artifact.manifest
+        self._backend = options.backend or CPU
+        if self._backend not in onnxruntime.get_available_providers():
+            known = ", ".join(onnxruntime.get_available_providers())
+            raise Unsupported(f"onnxruntime has no backend {self._backend!r} here", hint=f"available: {known}")
+        onnxruntime.set_default_logger_severity(_QUIET)
+        onnxruntime.disable_telemetry_events()
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(artifact.entry), _session_options(onnxruntime, options), providers=[self._backend]
+            )
+        except _errors(onnxruntime) as error:
+            raise BadInput(
+                f"{artifact.entry}: onnxruntime {onnxruntime.__version__} can't load it: {_first_line(error)}",
+                hint="export it again, or update onnxruntime; the artifact's minimum_runtime says what it needs",
+            ) from error
+        self._inputs = {item.name: item for item in self._session.get_inputs()}
+        self._outputs = [item.name for item in self._session.get_outputs()]
+        self._past = [name for name in self._inputs if name.startswith("past_key_values.")]
+
+    def info(self) -> SessionInfo:
+        """Runtime, version, execution provider and how many nodes it took."""
+        manifest = self._manifest
+        text = manifest.task == "text-generation"
+        return SessionInfo(
+            runtime="onnxruntime", version=str(self._ort.__version__), backend=str(self._session.get_providers()[0]),
+            task=manifest.task, capabilities=("forward", *(("decode",) if text else ()), "score", "latency"),
+            vocab_size=manifest.vocab_size, max_length=manifest.max_length, placement=self._placement(),
+        )  # fmt: skip
+
+    def forward(self, ids: Ints, attention_mask: Ints) -> Floats:
+        """See :class:`edgestill.runtimes.session.Session`."""
+        self._check_length(ids.shape[1])
+        feed: dict[str, Any] = {
+            "input_ids": np.ascontiguousarray(ids, np.int64),
+            "attention_mask": np.ascontiguousarray(attention_mask, np.int64),
+        }
+        feed |= {name: self._empty(name, ids.shape[0]) for name in self._past}
+        (result,) = self._live().run([self._outputs[0]], feed)
+        return np.asarray(result, np.float32)
+
+    def decode(self, prompt_ids: Sequence[int], max_new_tokens: int, *, logits: bool = False) -> Iterator[DecodedToken]:
+        """See :class:`edgestill.runtimes.session.Session`. Keys and values stay in one buffer that each step extends.
+
+        Raises :class:`Unsupported` for an encoder, :class:`BadInput` when prompt and new tokens exceed
+        ``max_length``.
+        """
+        if not self._past:
+            raise Unsupported(f"a {self._manifest.task} artifact does not decode", hint="use forward")
+        if not prompt_ids:
+            raise BadInput("the prompt is empty", hint="give at least one token")
+        total = len(prompt_ids) + max_new_tokens
+        self._check_length(total)
+        return self._decode(np.asarray([prompt_ids], np.int64), max_new_tokens, total, logits)
+
+    def _decode(self, ids: Ints, count: int, total: int, logits: bool) -> Iterator[DecodedToken]:
+        session = self._live()
+        mask = np.ones((1, total), np.int64)
+        binding = session.io_binding()
+        for name in self._past:
+            shape, dtype = self._cache_shape(name, 1, total)
+            buffer = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
+            binding.bind_ortvalue_input(name, buffer)
+            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
+        used, logits_at = ids.shape[1], len(self._past)
+        begin = time.perf_counter()
+        for _ in range(count):
+            binding.bind_output("logits")  # again: it is 1 row after the prompt
+            binding.bind_cpu_input("input_ids", ids)
+            binding.bind_cpu_input("attention_mask", mask[:, :used])
+            session.run_with_iobinding(binding)
+            last = binding.get_outputs()[logits_at].numpy()[0, -1]
+            token = int(last.argmax())
+            end = time.perf_counter()
+            yield DecodedToken(token, end - begin, np.array(last, np.float32) if logits else None)
+            begin = time.perf_counter()
+            ids = np.array([[token]], np.int64)
+            used += 1
+
+    def close(self) -> None:
+        """Free the model."""
+        self._session = None
+
+    def _live(self) -> Any:
+        if self._session is None:
+            raise BadInput("this session is closed", hint="open the artifact again")
+        return self._session
+
+    def _check_length(self, tokens: int) -> None:
+        # the rotary tables end there, and the runtime does not check
+        if tokens > self._manifest.max_length:
+            raise BadInput(
+                f"{tokens} tokens are more than the artifact's {self._manifest.max_length}",
+                hint="cut the text, or export with a larger context_length",
+            )
+
+    def _cache_shape(self, name: str, batch: int, length: int) -> tuple[tuple[int, ...], Any]:
+        item = self._inputs[name]
+        dtype = np.float16 if item.type == "tensor(float16)" else np.float32
+        return (batch, item.shape[1], length, item.shape[3]), dtype
+
+    def _empty(self, name: str, batch: int) -> Any:
+        shape, dtype = self._cache_shape(name, batch, 0)
+        return np.zeros(shape, dtype)
+
+    def _placement(self) -> dict[str, int]:
+        """Nodes by execution provider, after the runtime's own graph rewriting."""
+        rows: dict[str, int] = {}
+        if not hasattr(self._live(), "get_provider_graph_assignment_info"):  # before onnxruntime 1.24
+            return rows
+        for part in self._live().get_provider_graph_assignment_info():
+            rows[part.ep_name] = rows.get(part.ep_name, 0) + len(part.get_nodes())
+        return rows
+
+
+def _session_options(ort: Any, options: SessionOptions) -> Any:
+    levels = {
+        "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+        "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    }
+    result = ort.SessionOptions()
+    result.intra_op_num_threads = options.threads
+    result.inter_op_num_threads = 1
+    result.log_severity_level = _QUIET
+    result.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    for key, value in options.extra.items():
+        if key == "graph_optimization":
+            if value not in levels:
+                raise BadInput(f"graph_optimization {value!r}", hint="known: " + ", ".join(levels))
+            result.graph_optimization_level = levels[value]
+        else:
+            result.add_session_config_entry(str(key), str(value))
+    return result
+
+
+def _errors(ort: Any) -> tuple[type[Exception], ...]:
+    """The exceptions of ONNX Runtime, which have no common base."""
+    state = ort.capi.onnxruntime_pybind11_state
+    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "NotImplemented",
+             "RuntimeException", "EPFail", "NotFound")  # fmt: skip
+    return tuple(getattr(state, name) for name in names if hasattr(state, name))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]
