@@ -1,0 +1,111 @@
+"""Downloading a package file through the client that the user has set up (pip, npm), or a hub snapshot.
+
+No address of a registry stands here: mirrors, proxies and credentials are those of the user's own configuration.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from .errors import BadInput, EdgestillError, MissingDependency
+
+__all__ = ["download_npm", "download_pypi", "download_snapshot"]
+
+_NETWORK = re.compile(
+    r"ECONN|ENOTFOUND|ETIMEDOUT|EAI_AGAIN|NewConnectionError|ConnectTimeout|connection broken|Max retries|"
+    r"Failed to establish|name resolution|ProxyError|Network is unreachable|Cannot connect|timed out|SSLError",
+    re.IGNORECASE,
+)
+_ABSENT = re.compile(r"No matching distribution|E404|ETARGET|notarget|Could not find a version", re.IGNORECASE)
+# Weights that can run code when they are loaded, and formats that edgestill does not read.
+_NEVER = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.py", "*.npy")
+_MODEL_FILES = ("*.json", "*.txt", "*.safetensors", "*.model", "*.jinja", "README.md", "LICENSE*")
+
+
+def download_pypi(name: str, version: str, folder: Path) -> Path:
+    """``name==version`` as a wheel in ``folder``, without what it requires."""
+    what = f"{name}=={version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet",
+               "--disable-pip-version-check", "--retries", "3", "--dest", str(folder), what]  # fmt: skip
+    result = _run(command, folder)
+    if result.returncode != 0:
+        if "No module named pip" in result.stderr:
+            raise MissingDependency("pip is not installed", hint=f"{sys.executable} -m ensurepip")
+        raise _failed(f"pypi:{what}", result.stderr, "pip download")
+    return _only(folder, "*.whl", what)
+
+
+def download_npm(name: str, version: str, folder: Path) -> Path:
+    """``name@version`` as a .tgz in ``folder``; no script of the package is run."""
+    npm = shutil.which("npm")
+    what = f"{name}@{version}"
+    if npm is None:
+        raise MissingDependency(f"npm is not installed (needed for npm:{what})", hint="install Node.js: nodejs.org")
+    command = [npm, "pack", what, "--ignore-scripts", "--no-audit", "--no-fund", "--no-update-notifier",
+               "--loglevel=error", "--fetch-retries=3", f"--pack-destination={folder}"]  # fmt: skip
+    result = _run(command, folder)
+    if result.returncode != 0:
+        raise _failed(f"npm:{what}", result.stderr, "npm pack")
+    return _only(folder, "*.tgz", what)
+
+
+def download_snapshot(name: str, commit: str, path: str, folder: Path) -> None:
+    """The files of a hub repository at ``commit`` (below ``path``) into ``folder``, pickles and code left out."""
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+        from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    except ModuleNotFoundError:
+        raise MissingDependency.package("huggingface_hub", "distill") from None
+    wanted = [path, f"{path}/*"] if path else [*_MODEL_FILES, *(f"*/{pattern}" for pattern in _MODEL_FILES)]
+    address = f"hf:{name}@{commit}"
+    quiet = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        snapshot_download(name, revision=commit, local_dir=folder, allow_patterns=wanted, ignore_patterns=list(_NEVER))
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise BadInput(f"{address}: the hub has no such repository or commit", hint="check name and commit") from None
+    except Exception as error:  # whatever the hub's client raises (httpx, requests, offline mode) means: not reached
+        raise EdgestillError(
+            f"{address}: no model hub can be reached ({type(error).__name__})",
+            hint="set HF_ENDPOINT to a mirror, or copy the folder here and use file:",
+        ) from error
+    finally:
+        if not quiet:
+            enable_progress_bars()
+
+
+def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a client to its end; an interrupt ends it too, and what it left lies in ``folder``, which is temporary."""
+    environment = {**os.environ, "PIP_PROGRESS_BAR": "off", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+    )
+
+
+def _failed(address: str, stderr: str, client: str) -> EdgestillError:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    last = next((line for line in lines if "ERROR" in line or "ERR!" in line or "error" in line), (lines or [""])[-1])
+    last = re.sub(r"https?://\S+", "the registry", last)[:200]
+    if _NETWORK.search(stderr):
+        return EdgestillError(
+            f"{address}: the registry can't be reached ({client})",
+            hint="check network, proxy and mirror settings, then run the same command again",
+        )
+    if _ABSENT.search(stderr):
+        return BadInput(
+            f"{address}: the registry has no such version", hint="check name and version (a wheel is needed)"
+        )
+    return EdgestillError(f"{address}: {client} failed: {last}", hint=f"run `{client}` by hand to see more")
+
+
+def _only(folder: Path, pattern: str, what: str) -> Path:
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        raise BadInput(f"{what}: expected one {pattern[1:]} file, got {len(found)}", hint="check the package")
+    return found[0]
