@@ -6,7 +6,7 @@ subject the numbers, with the reason; the others go on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,6 @@ from ..errors import BadInput, EdgestillError, MissingDependency, Unsupported, W
 from ..files import hash_tree, list_files
 from ..progress import Progress, silent
 from ..recipe import BenchConfig
-from ..runtimes.memory import evict_page_cache
 from ..runtimes.session import SessionInfo, SessionOptions
 from .environment import LoadProbe, describe_environment, device_label
 from .metrics import METRICS
@@ -61,6 +60,8 @@ class Worker(Protocol):
     """What is needed of a worker, e.g. :class:`edgestill.runtimes.transports.local.LocalWorker`."""
 
     load_seconds: float
+    cold_load_seconds: float | None
+    cold_reason: str | None
 
     def info(self) -> SessionInfo: ...
     def time_forward(self, ids: Ints, mask: Ints, *, repeats: int, warmup: int, max_seconds: float) -> list[float]: ...
@@ -70,7 +71,12 @@ class Worker(Protocol):
     def memory(self) -> dict[str, Any]: ...
 
 
-OpenWorker = Callable[[Path, SessionOptions], AbstractContextManager[Worker]]
+class OpenWorker(Protocol):
+    """Starts a worker; ``cold``: with the model's files evicted from the page cache first."""
+
+    def __call__(self, folder: Path, options: SessionOptions, *, cold: bool = False) -> AbstractContextManager[Worker]:
+        """Start it."""
+        ...
 
 
 @dataclass
@@ -178,17 +184,15 @@ def _launch(
     record: _Record, launch: Launch, config: BenchConfig, ids: Ints, generation: bool, open_worker: OpenWorker
 ) -> None:
     """One fresh process; what goes wrong with the artifact is written down, not raised."""
-    if launch.kind == "cold":
-        eviction = evict_page_cache(record.subject.folder)
-        if not eviction.worked:
-            record.missing["load_cold_ms"] = f"not cold: {eviction.reason}"
-            return
     try:
         options = SessionOptions(threads=config.threads)
-        with LoadProbe() as probe, open_worker(record.subject.folder, options) as worker:
+        cold = launch.kind == "cold"
+        with LoadProbe() as probe, open_worker(record.subject.folder, options, cold=cold) as worker:
             record.info = info = worker.info()
             _refuse(info, config, ids, generation)
-            if launch.kind == "cold":
+            if cold and worker.cold_load_seconds is None:
+                record.missing["load_cold_ms"] = f"not cold: {worker.cold_reason}"
+            elif cold:
                 record.add("load_cold_ms", [worker.load_seconds * 1e3])
             elif launch.kind == "memory":
                 _take_memory(record, worker, config, ids, generation)

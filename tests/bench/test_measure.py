@@ -38,13 +38,15 @@ class Bench:
         self.launches: list[str] = []
         self.calls: list[tuple[str, str, int]] = []
 
-    def __call__(self, folder: Path, options: SessionOptions) -> FakeWorker:
+    def __call__(self, folder: Path, options: SessionOptions, *, cold: bool = False) -> FakeWorker:
         self.launches.append(folder.name)
         return FakeWorker(self, folder.name, options)
 
 
 class FakeWorker:
     load_seconds = 0.25
+    cold_load_seconds: float | None = None
+    cold_reason: str | None = "a memory file system"
 
     def __init__(self, bench: Bench, name: str, options: SessionOptions) -> None:
         self.bench, self.name, self.options = bench, name, options
@@ -113,11 +115,19 @@ def test_samples_are_kept_by_launch_in_the_metric_s_unit(tmp_path: Path) -> None
 def test_every_launch_is_a_process_of_its_own(tmp_path: Path) -> None:
     bench = Bench({"a": 0.001, "b": 0.001})
     run(tmp_path, bench)
-    # 2 speed launches each, 2 of the control (a), a memory launch each, and a cold load where files can be evicted
-    assert bench.launches.count("a") == bench.launches.count("b") + 2
-    assert bench.launches.count("b") in (3, 4)
+    # 2 speed launches each, 2 of the control (a), a cold load and a memory launch each
+    assert sorted(bench.launches) == ["a"] * 6 + ["b"] * 4
     assert ("a", "forward", 0) in bench.calls, "the first inference must be taken cold"
     assert ("a", "forward", WARMUP) in bench.calls
+
+
+def test_a_load_that_was_not_cold_is_not_called_cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warm = of(run(tmp_path / "warm", Bench({"a": 0.001})), "a", "load_cold_ms")
+    assert (warm.summary, warm.reason) == (None, "not cold: a memory file system")
+    monkeypatch.setattr(FakeWorker, "cold_load_seconds", 0.25)
+    cold = of(run(tmp_path / "cold", Bench({"a": 0.001})), "a", "load_cold_ms")
+    assert cold.summary is not None
+    assert cold.summary.value == 250
 
 
 def test_generation_has_prefill_decode_and_first_token(tmp_path: Path) -> None:
@@ -187,3 +197,23 @@ def test_the_timed_input_is_real_text_without_padding() -> None:
     assert timed_input([[5, 6, 7], [8, 9]], 2, 4).tolist() == [[5, 6, 7, 8], [9, 5, 6, 7]]
     with pytest.raises(BadInput, match="no token"):
         timed_input([], 1, 4)
+
+
+@pytest.mark.slow
+def test_a_real_model_in_real_processes(tiny_bert: Path) -> None:
+    config = BenchConfig(launches=1, repeats=4, length=16, max_seconds=2, threads=1)
+    rows = measure_speed([Subject("teacher", tiny_bert, "model")], config, ids=IDS, task="feature-extraction")
+    values = {row.metric: row.summary.value for row in rows if row.summary}
+    assert 0 < values["latency_ms"] < 1000
+    assert values["load_ms"] > 0
+    assert values["peak_anonymous_bytes"] > 0
+    assert of(rows, "teacher", "latency_ms").protocol["noise_floor"] >= 0
+    assert of(rows, "teacher", "latency_ms").runtime == "torch"
+
+
+def test_a_real_worker_that_finds_a_damaged_artifact(tmp_path: Path) -> None:
+    folder = make_artifact(tmp_path / "a")
+    (folder / "model.bin").write_bytes(b"changed")
+    rows = measure_speed([Subject("a", folder)], CONFIG, ids=IDS, task="feature-extraction", environment=ENVIRONMENT)
+    assert {row.summary for row in rows} == {None}
+    assert all("model.bin" in str(row.reason) for row in rows)
