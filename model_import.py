@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
 from .artifact import Pooling, Task
@@ -248,7 +248,7 @@ def _find_weights(root: Path) -> tuple[list[Path], dict[str, TensorHeader]]:
             shards = index.get("weight_map") if isinstance(index, dict) else None
             if not isinstance(shards, dict) or not shards:
                 raise BadInput(f"{path} has no weight_map", hint="fetch the model again")
-            files = [safe_join(root, str(shard)) for shard in sorted(set(shards.values()))]
+            files = [_shard(root, name, shard) for shard in sorted(map(str, set(shards.values())))]
         else:
             files = [path]
         for file in files:
@@ -258,6 +258,13 @@ def _find_weights(root: Path) -> tuple[list[Path], dict[str, TensorHeader]]:
                 header.update(read_safetensors_header(file))
         return files, header
     raise BadInput(f"{root} holds no weights", hint=f"expected {_SAFETENSORS[0]}, a sharded one, or {_TORCH_FILES[0]}")
+
+
+def _shard(root: Path, index: str, name: str) -> Path:
+    """A shard lies beside its index (a link there is fine: hub caches link to their blobs)."""
+    if PurePosixPath(name).name != name or name in ("", ".", "..") or "\\" in name:
+        raise BadInput(f"{root / index} names the shard {name!r}", hint="shards lie beside their index")
+    return root / name
 
 
 def _read_weights(files: list[Path], header: dict[str, TensorHeader]) -> tuple[dict[str, Any], dict[str, TensorHeader]]:
