@@ -1,1 +1,50 @@
-"""Distillation: a compact student learns from a big teacher."""
+"""Distillation: a compact student learns from a big teacher.
+
+One function, :func:`distill`: a teacher folder and text in, a student folder out. It may be killed at any moment and
+called again; it then goes on and ends with the same weights, bit for bit (on one machine and thread count).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import MissingDependency
+from ..progress import Progress, silent
+from ..recipe import DistillConfig, StudentConfig
+from .result import DistillResult
+
+if TYPE_CHECKING:
+    from ..data import DataSets
+
+__all__ = ["DistillResult", "distill"]
+
+
+def distill(
+    teacher: Path,
+    out: Path,
+    *,
+    student: StudentConfig,
+    config: DistillConfig | None,
+    data: DataSets,
+    max_length: int,
+    work: Path,
+    progress: Progress = silent,
+) -> DistillResult:
+    """Cut a student from the model folder ``teacher``, train it on ``data`` and write the model folder ``out``.
+
+    ``config=None``: only the cut. ``max_length`` in tokens (the model's own limit if that is lower). ``work`` holds
+    checkpoints and cached teacher vectors; it may be removed afterwards. Besides the model, ``out`` gets
+    ``distillation.json`` (what was done) and ``training.jsonl`` (each step's raw loss components).
+
+    Raises :class:`~edgestill.errors.RecipeError` (a loss that doesn't fit the task, layers that aren't there),
+    :class:`~edgestill.errors.BadInput` (no text, a teacher that puts out NaN), and
+    :class:`~edgestill.errors.ResourceExhausted` (disk or memory); then ``out`` is as it was before.
+    """
+    try:
+        from .run import run
+    except ModuleNotFoundError as missing:
+        raise MissingDependency.package(missing.name or "torch", "distill") from None
+    return run(
+        teacher, out, student=student, config=config, data=data, max_length=max_length, work=work, progress=progress
+    )

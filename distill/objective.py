@@ -1,0 +1,174 @@
+"""Student, projectors and the weighted sum of losses: the one module that the Trainer trains.
+
+Everything that needs a gradient happens in its ``forward``, so that it may be wrapped as a whole. Only ``student`` is
+saved in the end; projectors live beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..artifact import Task
+from .batches import Batch
+from .chunked import chunked_head
+from .losses import Loss, reduce_step, select_losses, shift
+from .signal import Dense, Embedding, Hidden, Labels, Signal
+from .student import BlockOutputs, base_model, blocks
+from .teacher import Said, vectors
+
+__all__ = ["Counts", "Objective", "Projectors", "count_items"]
+
+Counts = dict[str, int]
+
+
+def count_items(batches: Sequence[Batch]) -> Counts:
+    """What the losses of one optimiser step are divided by: counts over all its forward passes."""
+    counts = {"predicted": 0, "tokens": 0, "examples": 0, "labelled": 0}
+    for batch in batches:
+        mask = batch["attention_mask"]
+        counts["predicted"] += int((mask[:, :-1] * mask[:, 1:]).sum())
+        counts["tokens"] += int(mask.sum())
+        counts["examples"] += len(mask)
+        counts["labelled"] += int((batch["label"] >= 0).sum())
+    return counts
+
+
+class Projectors(nn.Module):
+    """Linear maps from the student's width to the teacher's, one a layer; none where the widths agree."""
+
+    def __init__(self, layers: int, width: int, target: int, seed: int) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList()
+        if width != target:
+            chooser = torch.Generator().manual_seed(seed)
+            for _ in range(layers):
+                linear = nn.Linear(width, target, bias=False)
+                with torch.no_grad():
+                    linear.weight.normal_(0.0, width**-0.5, generator=chooser)
+                self.maps.append(linear)
+
+    def forward(self, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Bring block outputs [B, T, D] to the teacher's width."""
+        if not self.maps:
+            return tuple(states)
+        return tuple(linear(state) for linear, state in zip(self.maps, states, strict=True))
+
+
+class Objective(nn.Module):
+    """The weighted losses of ``student`` against a teacher.
+
+    ``weights`` by loss name; ``temperature`` softens forward_kl; ``vocab_size`` is the tokenizer's;
+    ``teacher_width`` is that of the teacher's hidden states.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        task: Task,
+        weights: Mapping[str, float],
+        *,
+        temperature: float = 1.0,
+        vocab_size: int | None = None,
+        teacher_width: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.task = task
+        self.losses: dict[str, Loss] = select_losses(weights, task)
+        self.weights = {name: float(weights[name]) for name in self.losses}
+        self.temperature = temperature
+        self.vocab_size = vocab_size
+        self._outputs: BlockOutputs | None = None
+        self.projectors: Projectors | None = None
+        if "hidden_states" in self.losses:
+            layers = len(blocks(student))
+            width = base_model(student).config.hidden_size
+            self._outputs = BlockOutputs(student, range(layers))
+            self.projectors = Projectors(layers, width, teacher_width or width, seed)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any loss asks the teacher (plain cross-entropy does not)."""
+        return any(loss.signal is not Labels for loss in self.losses.values())
+
+    def train(self, mode: bool = True) -> Self:
+        """Train without dropout: the teacher's answer is for the whole network, and noise only hides it."""
+        super().train(mode)
+        self.student.eval()
+        return self
+
+    def forward(self, batch: Batch, said: Said, counts: Counts) -> tuple[Tensor, Tensor]:
+        """The weighted loss of one forward pass and its raw components ``[k]`` (in the order of ``losses``).
+
+        Both are already divided by ``counts`` of the whole optimiser step, so passes simply add up.
+        """
+        raw: dict[str, Tensor] = {}
+        if self.task == "text-generation":
+            total = self._generation(batch, said, counts, raw)
+        else:
+            total = self._pooled(batch, said, counts, raw)
+        if self._outputs is not None and self.projectors is not None:
+            states = self.projectors(self._outputs.take())
+            value = self._value("hidden_states", states, Hidden(said.blocks or ()), batch["attention_mask"], counts)
+            raw["hidden_states"] = value.detach()
+            total = total + self.weights["hidden_states"] * value
+        return total, torch.stack([raw[name] for name in self.losses])
+
+    def _value(self, name: str, output: Any, signal: Signal, mask: Tensor, counts: Counts) -> Tensor:
+        loss = self.losses[name]
+        return reduce_step(loss.function(output, signal, mask), counts[loss.unit[self.task]])
+
+    def _pooled(self, batch: Batch, said: Said, counts: Counts, raw: dict[str, Tensor]) -> Tensor:
+        output = vectors(self.student, batch)
+        everything = torch.ones(len(output), dtype=torch.bool, device=output.device)
+        total = output.new_zeros(())
+        for name, loss in self.losses.items():
+            if name == "hidden_states":
+                continue
+            mask, signal = everything, self._signal(loss, said.vectors, batch["label"].clamp_min(0))
+            if loss.signal is Labels:
+                mask = batch["label"] >= 0
+            value = self._value(name, output, signal, mask, counts)
+            raw[name] = value.detach()
+            total = total + self.weights[name] * value
+        return total
+
+    def _signal(self, loss: Loss, theirs: Tensor | None, ids: Tensor) -> Signal:
+        if loss.signal is Labels:
+            return Labels(ids, self.vocab_size)
+        assert theirs is not None  # needs_teacher said so
+        return Embedding(theirs) if loss.signal is Embedding else Dense(theirs, self.temperature, self.vocab_size)
+
+    def _generation(self, batch: Batch, said: Said, counts: Counts, raw: dict[str, Tensor]) -> Tensor:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        hidden = base_model(self.student)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        names = [name for name in self.losses if name != "hidden_states"]
+        if not names:
+            return hidden.new_zeros(())
+        states, following = shift(hidden, ids, mask)
+        theirs = None if said.final is None else shift(said.final, ids, mask)[0]
+
+        def chunk(logits: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+            every = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+            teacher_logits = None
+            if theirs is not None and said.head is not None:
+                with torch.no_grad():
+                    teacher_logits = said.head(theirs[begin:end])
+            values = [
+                self._value(name, logits, self._signal(self.losses[name], teacher_logits, following[begin:end]), every,
+                            counts)
+                for name in names
+            ]  # fmt: skip
+            weights = values[0].new_tensor([self.weights[name] for name in names])
+            parts = torch.stack(values)
+            return (parts * weights).sum(), parts.detach()
+
+        student: Any = self.student
+        total, parts = chunked_head(states, student.get_output_embeddings(), chunk)
+        raw.update(zip(names, parts.unbind(), strict=True))
+        return total

@@ -1,0 +1,309 @@
+"""One distillation from start to end, resumable: cut, teacher's answers, training, measuring, writing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import nn
+
+from ..checkpoints import ModelFolder, load_tokenizer, open_model, save_model
+from ..errors import BadInput, RecipeError, ResourceExhausted
+from ..files import atomic_directory, atomic_write, hash_json, hash_tree, read_json
+from ..progress import Progress, silent
+from ..recipe import DistillConfig, StudentConfig
+from ..torch_models import quiet
+from .batches import Examples, encode
+from .checkpoint import find_checkpoint, sweep_checkpoints
+from .evaluate import HeldOut
+from .journal import Journal
+from .losses import LOSSES, select_losses
+from .objective import Objective
+from .result import DistillResult
+from .student import choose_layers, make_student, map_layers
+from .teacher import Teacher
+from .trainer import CLOCK_FILE, DistillTrainer, training_arguments
+
+if TYPE_CHECKING:
+    from ..data import DataSets
+
+__all__ = ["run"]
+
+VERSION = 1
+CARD_FILE, JOURNAL_FILE, RESULT_FILE, IDENTITY_FILE = (
+    "distillation.json", "training.jsonl", "result.json", "identity.json",
+)  # fmt: skip
+# Settings that change when checkpoints are written or how fast it goes, and not what comes out.
+NOT_IDENTITY = {"save_every", "threads"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides the outcome."""
+
+    teacher: ModelFolder
+    keep: tuple[int, ...]
+    config: DistillConfig
+    train: Examples
+    dev: Examples
+    tokenizer: Any
+    steps: int
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights above 0 by loss name, in the order of the table."""
+        given = {str(name): weight for name, weight in self.config.loss.items()}
+        return {name: given[name] for name in LOSSES if given.get(name)}
+
+    @property
+    def pad_id(self) -> int:
+        """What fills rows up; never looked at, since masks go by length."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the tokenizer knows (the embedding may have more rows), or the number of classes."""
+        return len(self.teacher.labels) or min(len(self.tokenizer), self.teacher.vocab_size)
+
+    def identity(self) -> str:
+        """sha256 of all of it, and of the libraries' versions."""
+        return hash_json(
+            {
+                "version": VERSION,
+                "teacher": self.teacher.model_id,
+                "keep": self.keep,
+                "config": self.config.model_dump(mode="json", exclude=NOT_IDENTITY),
+                "train": self.train.digest(),
+                "dev": self.dev.digest(),
+                "libraries": [torch.__version__, transformers.__version__],
+            }
+        )
+
+
+def run(
+    teacher: Path,
+    out: Path,
+    *,
+    student: StudentConfig,
+    config: DistillConfig | None,
+    data: DataSets,
+    max_length: int,
+    work: Path,
+    progress: Progress = silent,
+) -> DistillResult:
+    """See :func:`edgestill.distill.distill`."""
+    folder = open_model(teacher)
+    keep = choose_layers(student, folder.layers)
+    if config is None:
+        with quiet():
+            _write(make_student(folder, keep), load_tokenizer(teacher), out, folder, _card(folder, keep), None)
+        return DistillResult(out, keep, folder.layers)
+    job = _prepare(folder, keep, config, data, max_length)
+    identity = job.identity()
+    done = _finished(out, work, identity)
+    if done is not None:
+        return done
+    _claim(work, identity)
+    with quiet(), _threads(config.threads), _memory_errors():
+        return _train(job, out, work, identity, progress)
+
+
+def _prepare(folder: ModelFolder, keep: tuple[int, ...], config: DistillConfig, data: DataSets, max_length: int) -> Job:
+    losses = select_losses({str(name): weight for name, weight in config.loss.items()}, folder.task)
+    tokenizer = load_tokenizer(folder.path)
+    length = min(max_length, folder.max_length)
+    texts = data.split("train")
+    labels = [-100] * len(texts)
+    if folder.task == "text-classification" and "cross_entropy" in losses:
+        for text, label in _labelled(folder, data):
+            texts.append(text)
+            labels.append(label)
+    prefix = folder.prompt_prefix
+    train = encode(texts, tokenizer, folder.task, length, prefix=prefix, labels=labels)
+    dev = encode(data.split("dev"), tokenizer, folder.task, length, prefix=prefix)
+    if not len(train):
+        raise BadInput("[distill] found no text to learn from", hint="set `train` in a [[data.text]]")
+    group = config.batch_size * config.gradient_accumulation
+    steps = config.max_steps or max(1, round(config.epochs * len(train) / group))
+    return Job(folder, keep, config, train, dev, tokenizer, steps)
+
+
+def _labelled(folder: ModelFolder, data: DataSets) -> list[tuple[str, int]]:
+    """Training rows of the labelled sets that have the model's own classes."""
+    found = []
+    for task in data.tasks:
+        if set(task.labels) <= set(folder.labels):
+            found += [(text, folder.labels.index(task.labels[label])) for text, label in task.train]
+    if not found:
+        raise RecipeError(
+            f"loss 'cross_entropy' needs texts labelled {', '.join(folder.labels)}",
+            hint="add a [[data.task]] with these labels, or use forward_kl",
+        )
+    return found
+
+
+def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -> DistillResult:
+    began = time.monotonic()
+    config, folder = job.config, job.teacher
+    arguments = training_arguments(config, job.steps, work)
+    mapped = map_layers(config.layer_map, job.keep, folder.layers) if config.loss.get("hidden_states") else ()
+    teacher = Teacher(folder, mapped, job.pad_id, arguments.device)
+    model = make_student(folder, job.keep).to(arguments.device)
+    held_out = HeldOut(job.dev, teacher, job.vocab_size)
+    objective = Objective(
+        model, folder.task, job.weights, temperature=config.temperature, vocab_size=job.vocab_size,
+        teacher_width=teacher.width, seed=config.seed,
+    )  # fmt: skip
+    if objective.needs_teacher and not mapped and folder.task != "text-generation":
+        teacher.remember(job.train, work, progress)
+    _check_room(work, objective)
+    journal = Journal(work / JOURNAL_FILE)
+    found = find_checkpoint(work)
+    checkpoint, step = found or (None, 0)
+    sweep_checkpoints(work, keep=checkpoint)
+    journal.rewind(step)
+    if not journal.rows or "dev" not in journal.rows[0]:
+        journal.rewind(-1)
+        journal.append({"step": 0, "tokens": 0, "dev": held_out.measure(model)})
+    before_kill = float((checkpoint / CLOCK_FILE).read_text(encoding="utf-8")) if checkpoint else 0.0
+    trainer = DistillTrainer(
+        objective, teacher if objective.needs_teacher else None, job.train, config, arguments,
+        pad_id=job.pad_id, journal=journal, seconds=before_kill + time.monotonic() - began, progress=progress,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    tokens = int(trainer.state.num_input_tokens_seen)
+    before, after = journal.rows[0]["dev"], held_out.measure(model)
+    journal.append({"step": job.steps, "tokens": tokens, "dev": after})
+    card = _card(folder, job.keep, job, tokens, before, after)
+    _write(model.to("cpu"), job.tokenizer, out, folder, card, journal)
+    result = DistillResult(
+        path=out, keep=job.keep, teacher_layers=folder.layers, steps=job.steps, tokens_seen=tokens,
+        seconds=round(trainer.seconds, 3), dev_before=before, dev_after=after, curves=tuple(journal.rows),
+    )  # fmt: skip
+    facts = {**dataclasses.asdict(result), "path": None}
+    atomic_write(
+        work / RESULT_FILE, json.dumps({"identity": identity, "output": hash_tree(out), "result": facts}) + "\n"
+    )
+    sweep_checkpoints(work, keep=None)
+    return result
+
+
+def _write(
+    model: nn.Module, tokenizer: Any, out: Path, folder: ModelFolder, card: dict[str, Any], journal: Journal | None
+) -> None:
+    """The student's folder with its card and journal, whole or not at all."""
+    with atomic_directory(out) as temporary:
+        saved = save_model(model, tokenizer, temporary / "model", folder)
+        for path in saved.path.iterdir():
+            path.replace(temporary / path.name)
+        saved.path.rmdir()
+        atomic_write(temporary / CARD_FILE, json.dumps(card, indent=2, sort_keys=True) + "\n")
+        if journal is not None:
+            atomic_write(temporary / JOURNAL_FILE, journal.text())
+
+
+def _card(
+    folder: ModelFolder,
+    keep: tuple[int, ...],
+    job: Job | None = None,
+    tokens: int = 0,
+    before: dict[str, float] | None = None,
+    after: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """What was done, without times and paths: equal runs write equal cards."""
+    card: dict[str, Any] = {
+        "schema_version": 1,
+        "teacher_id": folder.model_id,
+        "task": folder.task,
+        "teacher_layers": folder.layers,
+        "keep": list(keep),
+        "trained": job is not None,
+    }
+    if job is None:
+        return card
+    config = job.config
+    scales = {"forward_kl": config.temperature**2}
+    losses = {
+        name: {"weight": weight, "effective_weight": weight * scales.get(name, 1.0)}
+        for name, weight in job.weights.items()
+    }
+    return {
+        **card,
+        "losses": losses,
+        "config": config.model_dump(mode="json", exclude=NOT_IDENTITY),
+        "steps": job.steps,
+        "examples": len(job.train),
+        "tokens_seen": tokens,
+        "dev_before": before,
+        "dev_after": after,
+    }
+
+
+def _finished(out: Path, work: Path, identity: str) -> DistillResult | None:
+    """The result of an earlier call with the same input, if the student still stands there unchanged."""
+    if not (work / RESULT_FILE).exists() or not out.is_dir():
+        return None
+    record = read_json(work / RESULT_FILE)
+    if record.get("identity") != identity or record.get("output") != hash_tree(out):
+        return None
+    facts = record["result"]
+    return DistillResult(**{**facts, "path": out, "keep": tuple(facts["keep"]), "curves": tuple(facts["curves"])})
+
+
+def _claim(work: Path, identity: str) -> None:
+    """Make ``work`` this job's: checkpoints of another one are removed (cached vectors know whose they are)."""
+    path = work / IDENTITY_FILE
+    if path.exists() and read_json(path).get("identity") == identity:
+        return
+    sweep_checkpoints(work, keep=None)
+    for name in (JOURNAL_FILE, RESULT_FILE):
+        (work / name).unlink(missing_ok=True)
+    atomic_write(path, json.dumps({"identity": identity}) + "\n")
+
+
+def _check_room(work: Path, objective: Objective) -> None:
+    """Two checkpoints (weights and two moments each) are on disk while one takes the other's place."""
+    weights = sum(p.numel() * p.element_size() for p in objective.parameters())
+    needed, free = 2 * 3 * weights, shutil.disk_usage(work).free
+    if needed > free:
+        raise ResourceExhausted(
+            f"checkpoints need {needed / 1e6:.0f} MB in {work}, {free / 1e6:.0f} MB are free",
+            hint="free some room, then run the same command again",
+        )
+
+
+@contextlib.contextmanager
+def _threads(wanted: int | None) -> Iterator[None]:
+    """torch on ``wanted`` CPU threads, by default all that this process may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or usable)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turn "out of memory" of torch into :class:`ResourceExhausted` that says which knob to turn."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).lower()
+        if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+            raise ResourceExhausted(
+                "not enough memory for one forward and backward pass",
+                hint="halve [distill] batch_size and double gradient_accumulation (same result), or lower max_length",
+            ) from error
+        raise

@@ -1,0 +1,121 @@
+"""The teacher at work: what it says about a batch, live or from the cache, never with a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints import ModelFolder, load_torch
+from ..errors import BadInput
+from ..progress import Progress, silent
+from .batches import Batch, Examples, collate
+from .cache import VectorCache
+from .student import BlockOutputs, base_model
+
+__all__ = ["Said", "Teacher", "vectors"]
+
+
+class Said:
+    """What the teacher said about one batch; a field is ``None`` where nobody asked.
+
+    ``final`` [B, T, D]: states before the language-model head, ``head`` that head; ``vectors`` [B, D]: embeddings or
+    class logits; ``blocks``: outputs of the mapped blocks.
+    """
+
+    def __init__(
+        self,
+        final: Tensor | None = None,
+        head: nn.Module | None = None,
+        vectors: Tensor | None = None,
+        blocks: tuple[Tensor, ...] | None = None,
+    ) -> None:
+        self.final = final
+        self.head = head
+        self.vectors = vectors
+        self.blocks = blocks
+
+
+def vectors(model: nn.Module, batch: Batch) -> Tensor:
+    """Embeddings [B, D] or class logits [B, C] of an encoder."""
+    output: Any = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return output if isinstance(output, Tensor) else output.logits
+
+
+class Teacher:
+    """A frozen teacher. Encoders whose blocks nobody asks for are asked once for each text (:meth:`remember`)."""
+
+    def __init__(
+        self, folder: ModelFolder, layers: Sequence[int] = (), pad_id: int = 0, device: str | torch.device = "cpu"
+    ) -> None:
+        self.folder = folder
+        self.layers = tuple(layers)
+        self.pad_id = pad_id
+        self.device = torch.device(device)
+        self.model = load_torch(folder.path).requires_grad_(False).to(self.device)
+        self._outputs = BlockOutputs(self.model, self.layers) if self.layers else None
+        self._cache: VectorCache | None = None
+
+    @property
+    def width(self) -> int:
+        """Numbers in one hidden state."""
+        return self.folder.hidden_size
+
+    def remember(self, examples: Examples, work: Path, progress: Progress = silent) -> None:
+        """Fill the cache of vectors for ``examples`` (resumable), from which :meth:`say` then reads."""
+        key = {"teacher": self.folder.model_id, "texts": examples.digest(), "pad_id": self.pad_id}
+        self._cache = VectorCache(work, key, examples.lengths)
+        width = len(self.folder.labels) or self.folder.hidden_size
+        self._cache.fill(lambda rows: self.read(examples, rows), width, progress=progress)
+
+    def read(self, examples: Examples, rows: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Vectors of the examples ``rows``, computed now, in one batch."""
+        batch = collate([examples[row] for row in rows], self.pad_id)
+        with torch.inference_mode():
+            found: np.ndarray[Any, np.dtype[np.float32]] = (
+                vectors(self.model, {name: value.to(self.device) for name, value in batch.items()})
+                .float()
+                .cpu()
+                .numpy()
+            )
+        return found
+
+    def say(self, batch: Batch) -> Said:
+        """What the losses need, for one batch."""
+        if self._cache is not None:
+            rows = self._cache.rows(batch["index"].cpu().numpy())
+            return Said(vectors=torch.from_numpy(rows).to(batch["input_ids"].device))
+        with torch.inference_mode():
+            said = self._live(batch)
+        # Autograd refuses to save inference tensors, so what a loss will touch is copied out (states, never logits).
+        return Said(
+            final=_outside(said.final),
+            head=said.head,
+            vectors=_outside(said.vectors),
+            blocks=None if said.blocks is None else tuple(state.clone() for state in said.blocks),
+        )
+
+    def _live(self, batch: Batch) -> Said:
+        model: Any = self.model
+        said = Said()
+        if self.folder.task == "text-generation":
+            output = base_model(model)(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+            )
+            said.final, said.head = output.last_hidden_state, model.get_output_embeddings()
+            checked = said.final
+        else:
+            checked = said.vectors = vectors(model, batch)
+        if self._outputs is not None:
+            said.blocks = self._outputs.take()
+        if not bool(torch.isfinite(checked).all()):
+            raise BadInput("the teacher's output is not finite (NaN or infinity)", hint="check the teacher's weights")
+        return said
+
+
+def _outside(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
