@@ -103,7 +103,10 @@ class Exchange:
         self._count += 1
         file = f"{self._side}{self._count}.bin"
         with disk_errors(self.folder / file):
-            raw.tofile(self.folder / file)
+            try:
+                raw.tofile(self.folder / file)
+            except FileNotFoundError:
+                raise WorkerError("the exchange folder is gone: the worker is closed", hint="start another") from None
         return {"file": file, "dtype": name, "shape": list(values.shape), "sha256": _digest(raw)}
 
     def take(self, reference: Any) -> npt.NDArray[Any]:

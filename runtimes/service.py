@@ -26,9 +26,10 @@ from .protocol import OPERATIONS, PROTOCOL_VERSION, Exchange
 from .scoring import score
 from .session import Session, SessionInfo, SessionOptions, check_batch, check_prompt, open_session
 
-__all__ = ["Opener", "Service", "import_runtime"]
+__all__ = ["Prepare", "Service", "import_runtime", "prepare_session"]
 
-Opener = Callable[..., Session]
+# Everything that comes before loading (checks, imports); what it returns loads.
+Prepare = Callable[[Path, SessionOptions], Callable[[], Session]]
 Fields = Mapping[str, Any]
 
 # Format -> (session module, runtime modules). They are imported before the memory baseline is taken, and outside the
@@ -57,13 +58,20 @@ def import_runtime(form: str, folder: Path) -> None:
         preload(folder)
 
 
-class Service:
-    """One worker's state. ``default`` is opened by an ``open`` without ``folder``; ``opener`` opens sessions."""
+def prepare_session(folder: Path, options: SessionOptions) -> Callable[[], Session]:
+    """Check the artifact's hashes and import its runtime; the function that is returned loads it."""
+    form = open_artifact(folder).manifest.format if (folder / ARTIFACT_FILE).exists() else "torch"
+    import_runtime(form, folder)
+    return lambda: open_session(folder, options, check=False)
 
-    def __init__(self, default: Path | None = None, *, opener: Opener = open_session) -> None:
+
+class Service:
+    """One worker's state. ``default`` is opened by an ``open`` without ``folder``."""
+
+    def __init__(self, default: Path | None = None, *, prepare: Prepare = prepare_session) -> None:
         self.exchange: Exchange | None = None
         self._default = default
-        self._opener = opener
+        self._prepare = prepare
         self._opened: tuple[Session, SessionInfo] | None = None
         self._loading = memory.PeakSampler()
         self._running = memory.PeakSampler()
@@ -84,7 +92,7 @@ class Service:
     def handle(self, request: Fields) -> dict[str, Any]:
         """Do what ``request["op"]`` says and return the ``result`` object of the reply; errors are raised."""
         name = request.get("op")
-        if name not in self._operations:
+        if not isinstance(name, str) or name not in self._operations:
             raise WorkerError(f"unknown operation {name!r}", hint=f"known: {', '.join(OPERATIONS)}")
         return self._operations[name](request)
 
@@ -119,16 +127,15 @@ class Service:
         if folder is None:
             raise WorkerError("open without a folder", hint="name it in the message or on the command line")
         options = _options(request.get("options", {}))
-        form = open_artifact(folder).manifest.format if (folder / ARTIFACT_FILE).exists() else "torch"
         started = time.perf_counter()
-        import_runtime(form, folder)
-        import_seconds = time.perf_counter() - started
+        load = self._prepare(folder, options)
+        prepare_seconds = time.perf_counter() - started
         eviction = memory.evict_page_cache(folder) if request.get("cold") else None
         baseline = memory.read_memory()
         resets = memory.reset_peak()
         with self._loading.sampling():
             started = time.perf_counter()
-            session = self._opener(folder, options, check=False)
+            session = load()
             load_seconds = time.perf_counter() - started
         self._memory = {
             "baseline_anonymous": baseline.anonymous,
@@ -144,7 +151,7 @@ class Service:
         return {
             "info": _info_fields(self._opened[1]),
             "load_seconds": load_seconds,
-            "import_seconds": import_seconds,
+            "prepare_seconds": prepare_seconds,
             "cold": dataclasses.asdict(eviction) if eviction else None,
         }
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from .service import Opener, Service
+    from .service import Prepare, Service
 
 __all__ = ["THREAD_VARIABLES", "main", "thread_environment"]
 
@@ -45,8 +45,8 @@ def thread_environment(threads: int) -> dict[str, str]:
     return dict.fromkeys(THREAD_VARIABLES, str(threads))
 
 
-def main(arguments: Sequence[str] | None = None, *, opener: Opener | None = None) -> int:
-    """Serve until told to stop; the exit status. ``opener`` replaces ``open_session`` (for tests)."""
+def main(arguments: Sequence[str] | None = None, *, prepare: Prepare | None = None) -> int:
+    """Serve until told to stop; the exit status. ``prepare`` replaces ``prepare_session`` (for tests)."""
     parser = argparse.ArgumentParser(prog="edgestill-worker", description="Serve one model over JSON lines.")
     parser.add_argument("folder", nargs="?", type=Path, help="what an `open` without folder opens")
     parser.add_argument("--threads", type=int, default=None, help="threads of numpy and the runtime's pools")
@@ -57,10 +57,9 @@ def main(arguments: Sequence[str] | None = None, *, opener: Opener | None = None
     requests, replies = _private_channels()
     faulthandler.enable()  # a crash in native code leaves a trace on standard error
 
-    from .service import Service
-    from .session import open_session
+    from .service import Service, prepare_session
 
-    service = Service(parsed.folder, opener=opener or open_session)
+    service = Service(parsed.folder, prepare=prepare or prepare_session)
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     # A thread reads, so that a vanished client is noticed while a request is being worked on.
     reader = threading.Thread(

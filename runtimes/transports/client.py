@@ -21,15 +21,15 @@ class WorkerClient(abc.ABC):
     """A worker with an open model. A transport gives :meth:`request` and an ``exchange`` folder, then calls
     :meth:`_start`.
 
-    ``load_seconds`` is from the start of opening until ready, without the runtime's import (``import_seconds``) and
-    without the check of hashes. ``cold_load_seconds`` is the same number when the page cache was really evicted before,
-    else ``None`` with a ``cold_reason``.
+    ``load_seconds`` is from the start of loading until ready; the check of hashes and the runtime's import come before
+    (``prepare_seconds``). ``cold_load_seconds`` is the same number when the page cache was really evicted before, else
+    ``None`` with a ``cold_reason``.
     """
 
     exchange: Exchange
     capabilities: Mapping[str, Any]
     load_seconds: float
-    import_seconds: float
+    prepare_seconds: float
     cold_load_seconds: float | None
     cold_reason: str | None
     _info: SessionInfo
@@ -52,7 +52,7 @@ class WorkerClient(abc.ABC):
         try:
             self._info = _info(opened["info"])
             self.load_seconds = float(opened["load_seconds"])
-            self.import_seconds = float(opened["import_seconds"])
+            self.prepare_seconds = float(opened["prepare_seconds"])
             eviction = opened.get("cold")
             self.cold_load_seconds = self.load_seconds if eviction and eviction["worked"] else None
             self.cold_reason = eviction["reason"] if eviction else "the page cache was not evicted"

@@ -31,8 +31,9 @@ from .client import WorkerClient
 __all__ = ["LocalWorker"]
 
 _PREFIX = "edgestill-"
-_TAIL_BYTES = 4096
+_TAIL_BYTES = 16384
 _TAIL_LINES = 6
+_CRASH = "Fatal Python error: "  # how faulthandler begins
 _CLOSE_SECONDS = 5.0
 # A worker never talks to a model hub, and doesn't start thread pools for tokenizers that it does not use.
 _QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -150,15 +151,22 @@ class LocalWorker(WorkerClient):
 
     def _error(self, what: str, hint: str) -> WorkerError:
         tail = " | ".join(self.last_words())
-        return WorkerError(f"the worker of {self.name} {what}" + (f"; last lines: {tail}" if tail else ""), hint=hint)
+        text = f"the worker of {self.name} {what}" + (f"; last lines: {tail}" if tail else "")
+        error = WorkerError(text, hint=hint)
+        error.add_note(f"the worker's standard error ended with:\n{self._stderr_tail()}")
+        return error
 
     def last_words(self) -> list[str]:
-        """The last lines that the worker wrote to standard error, without escape sequences and blank lines."""
+        """The last lines that the worker wrote to standard error, without blank ones, and without the trace that
+        Python adds to a crash when something stands before it (native libraries say there why they abort)."""
+        text, _, trace = self._stderr_tail().partition(_CRASH)
+        lines = [" ".join(line.split()) for line in (text if text.strip() else trace).splitlines()]
+        return [line for line in lines if line][-_TAIL_LINES:]
+
+    def _stderr_tail(self) -> str:
         size = os.fstat(self._stderr.fileno()).st_size
         data = os.pread(self._stderr.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES))
-        text = re.sub(r"\x1b\[[0-9;]*m", "", data.decode(errors="replace"))
-        lines = [" ".join(line.split()) for line in text.splitlines()]
-        return [line for line in lines if line][-_TAIL_LINES:]
+        return re.sub(r"\x1b\[[0-9;]*m", "", data.decode(errors="replace"))
 
     @property
     def pid(self) -> int:
