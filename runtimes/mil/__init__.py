@@ -1,1 +1,1 @@
-"""Executes the MIL program of a Core ML package with numpy, so that it can be checked without a Mac."""
+"""An interpreter of saved Core ML programs (MIL), in numpy, so that they can be checked without a Mac."""

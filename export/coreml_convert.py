@@ -1,0 +1,139 @@
+"""Trace, convert, compress: from a wrapped torch model to a coremltools model. What coremltools prints is kept back."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import EdgestillError
+from ..runtimes.milproto import import_coremltools
+from ..torch_models import quiet as transformers_quiet
+from .coreml_programs import DecoderProgram, EncoderProgram, torch
+
+if TYPE_CHECKING:
+    from ..checkpoints import ModelFolder
+
+__all__ = ["Precision", "compress_int8", "convert_decoder", "convert_encoder"]
+
+Precision = Literal["islands", "half"]
+"""``islands``: float16 with float32 where values outgrow it (the default); ``half``: all float16."""
+
+# Pooling: sums over all tokens, and squares of a vector that may be long or short.
+_ENCODER_ISLANDS = frozenset({"maximum", "pow", "real_div", "reduce_sum", "reduce_mean", "rsqrt", "sqrt", "square"})
+_NORM = frozenset({"pow", "reduce_mean", "rsqrt", "square"})
+_SMALLEST_QUANTISED = 2048  # weights; smaller tensors gain nothing
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No tracer warning, no progress bar: the result is checked by executing it."""
+    with transformers_quiet(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _made_by(value: Any, kinds: frozenset[str]) -> bool:
+    return getattr(getattr(value, "op", None), "op_type", None) in kinds
+
+
+def _decoder_half(operation: Any) -> bool:
+    """Does this operation of a decoder fit into float16? Not the RMS norms, and not the residual stream, which they
+    square: it reaches 22,552 in SmolLM2."""
+    kind = operation.op_type
+    if kind in _NORM:
+        return False
+    if kind == "mul":
+        return not any(_made_by(value, frozenset({"rsqrt"})) for value in (operation.x, operation.y))
+    if kind == "add":
+        residual = operation.x.val is None and operation.y.val is None and len(operation.outputs[0].shape) == 3
+        return not residual and not any(_made_by(value, _NORM) for value in (operation.x, operation.y))
+    return True
+
+
+def _encoder_half(operation: Any) -> bool:
+    return operation.op_type not in _ENCODER_ISLANDS
+
+
+def _convert(program: Any, example: tuple[Any, ...], precision: Precision, half: Any, **arguments: Any) -> Any:
+    ct = import_coremltools()
+    program.eval()
+    with _quiet(), torch.no_grad():
+        traced = torch.jit.trace(program, example, check_trace=False)
+        try:
+            return ct.convert(
+                traced,
+                convert_to="mlprogram",
+                compute_precision=(
+                    ct.precision.FLOAT16
+                    if precision == "half"
+                    else ct.transform.FP16ComputePrecision(op_selector=half)
+                ),
+                skip_model_load=True,
+                **arguments,
+            )
+        except (NotImplementedError, RuntimeError, ValueError, TypeError, KeyError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise EdgestillError(
+                f"coremltools {ct.__version__} can't convert the model: {reason}", hint="export to ONNX or GGUF"
+            ) from error
+
+
+def convert_encoder(folder: ModelFolder, model: Any, context: int, *, precision: Precision = "islands") -> Any:
+    """An encoder as an ML program for iOS 16: int32 ``input_ids`` and ``attention_mask`` [1, 1…context], float32
+    ``sentence_embedding`` [1, D] or ``logits`` [1, C]."""
+    ct = import_coremltools()
+    import numpy as np
+
+    length = min(8, context)
+    example = (torch.full((1, length), 2, dtype=torch.int32), torch.ones(1, length, dtype=torch.int32))
+    free = ct.RangeDim(lower_bound=1, upper_bound=context, default=length)
+    output = "sentence_embedding" if folder.pooling is not None else "logits"
+    return _convert(
+        EncoderProgram(folder, model, context), example, precision, _encoder_half,
+        inputs=[ct.TensorType(name, (1, free), np.int32) for name in ("input_ids", "attention_mask")],
+        outputs=[ct.TensorType(output, dtype=np.float32)],
+        minimum_deployment_target=ct.target.iOS16,
+    )  # fmt: skip
+
+
+def convert_decoder(folder: ModelFolder, model: Any, context: int, *, precision: Precision = "islands") -> Any:
+    """A decoder with its KV cache as states, for iOS 18: int32 ``input_ids`` [1, q], float16 ``causal_mask``
+    [1, 1, q, e], float16 ``logits`` [1, q, V], float16 states ``key_cache`` and ``value_cache``."""
+    ct = import_coremltools()
+    import numpy as np
+
+    program = DecoderProgram(folder, model, context)
+    # Three new tokens after two: no two sizes are equal, so the trace can't take one for the other.
+    example = (torch.full((1, 3), 2, dtype=torch.int32), torch.zeros(1, 1, 3, 5))
+    query = ct.RangeDim(lower_bound=1, upper_bound=context, default=1)
+    end = ct.RangeDim(lower_bound=1, upper_bound=context, default=1)
+    return _convert(
+        program, example, precision, _decoder_half,
+        inputs=[
+            ct.TensorType("input_ids", (1, query), np.int32),
+            ct.TensorType("causal_mask", (1, 1, query, end), np.float16),
+        ],
+        outputs=[ct.TensorType("logits", dtype=np.float16)],
+        states=[
+            ct.StateType(ct.TensorType(shape=program.cache_shape, dtype=np.float16), name=name)
+            for name in ("key_cache", "value_cache")
+        ],
+        minimum_deployment_target=ct.target.iOS18,
+    )  # fmt: skip
+
+
+def compress_int8(model: Any) -> Any:
+    """Store the weights of linear layers and embeddings as int8 with one float16 scale a row (symmetric, 127 levels a
+    side); tables, norms and biases stay as they are."""
+    import_coremltools()
+    import coremltools.optimize.coreml as optimize
+
+    row = optimize.OpLinearQuantizerConfig(
+        mode="linear_symmetric", dtype="int8", granularity="per_channel", weight_threshold=_SMALLEST_QUANTISED
+    )
+    config = optimize.OptimizationConfig(op_type_configs={"linear": row, "gather": row})
+    with _quiet():
+        return optimize.linear_quantize_weights(model, config)

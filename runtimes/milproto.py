@@ -1,0 +1,217 @@
+"""Read a saved Core ML package (``.mlpackage``) into a :class:`~edgestill.runtimes.mil.program.Program`.
+
+The one file that touches what is internal to coremltools: its generated protobuf classes (``coremltools.proto``), and
+the layout of ``weight.bin``, which is read here directly (a memory map, so nothing is held twice) instead of through
+coremltools' native reader. A canary test compares both with ``coremltools.converters.mil.frontend.milproto.load``.
+
+The formats: ``mlmodel/format/MIL.proto`` and ``mlmodel/src/MILBlob/Blob/StorageFormat.hpp`` in apple/coremltools.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ..errors import BadInput, MissingDependency, Unsupported
+from ..files import read_json, safe_join
+from .mil.program import NUMPY_DTYPES, Array, Constant, Operation, Program, ValueType
+
+__all__ = ["COREMLTOOLS_MAJOR", "coremltools_version", "import_coremltools", "load_program", "model_file"]
+
+COREMLTOOLS_MAJOR = 9
+_HINT = "export it again"
+_SENTINEL = 0xDEADBEEF
+_BITS = {"int4": 4, "uint1": 1, "uint2": 2, "uint3": 3, "uint4": 4, "uint6": 6}
+# BlobDataType of StorageFormat.hpp.
+_BLOB_DTYPES = {
+    1: "float16", 2: "float32", 3: "uint8", 4: "int8", 5: "bfloat16", 6: "int16", 7: "uint16", 8: "int4", 9: "uint1",
+    10: "uint2", 11: "uint4", 12: "uint3", 13: "uint6", 14: "int32", 15: "uint32",
+}  # fmt: skip
+
+
+def coremltools_version() -> str:
+    """Version of the installed coremltools, or :class:`MissingDependency`."""
+    try:
+        return metadata.version("coremltools")
+    except metadata.PackageNotFoundError:
+        raise MissingDependency.package("coremltools", "runtimes") from None
+
+
+def import_coremltools() -> ModuleType:
+    """Import coremltools after a check of its version, without the notes that it logs about this machine.
+
+    It warns of every torch newer than the one it was released with and of the missing native runtime off macOS. Neither
+    tells more than our own checks do: programs are executed after export, and the runtime is chosen by platform.
+    Raises :class:`MissingDependency`, or :class:`Unsupported` for another major version, whose internals may differ.
+    """
+    version = coremltools_version()
+    if version.partition(".")[0] != str(COREMLTOOLS_MAJOR):
+        raise Unsupported(
+            f"coremltools {version} is installed, edgestill knows {COREMLTOOLS_MAJOR}.x",
+            hint=f"pip install 'coremltools>={COREMLTOOLS_MAJOR}.0,<{COREMLTOOLS_MAJOR + 1}'",
+        )
+    logging.getLogger("coremltools").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import coremltools
+        except ImportError:
+            raise MissingDependency.package("coremltools", "runtimes") from None
+    return coremltools
+
+
+def model_file(package: Path) -> Path:
+    """The ``model.mlmodel`` inside a package, as its manifest names it."""
+    manifest = read_json(package / "Manifest.json")
+    try:
+        relative = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
+    except (KeyError, TypeError):
+        raise BadInput(f"{package / 'Manifest.json'} names no model", hint=_HINT) from None
+    path = safe_join(package / "Data", str(relative))
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist", hint=_HINT)
+    return path
+
+
+def load_program(package: Path) -> Program:
+    """Parse a package. Weights are memory-mapped, not copied.
+
+    Raises :class:`BadInput` for a damaged package, :class:`Unsupported` for one that is no ML program or uses a part of
+    MIL that edgestill does not know.
+    """
+    path = model_file(package)
+    import_coremltools()
+    from coremltools.proto import MIL_pb2, Model_pb2
+    from google.protobuf.message import DecodeError
+
+    model = Model_pb2.Model()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except DecodeError:
+        raise BadInput(f"{path} is not a Core ML model", hint=_HINT) from None
+    if model.WhichOneof("Type") != "mlProgram" or "main" not in model.mlProgram.functions:
+        raise Unsupported(f"{path} is no ML program with a main function", hint="convert it to an mlprogram")
+    try:
+        return _Reader(path, MIL_pb2).program(model)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is damaged: {error}", hint=_HINT) from None
+
+
+class _Reader:
+    """Turns messages into values. ``model_path`` is where ``@model_path`` of a weight reference points to."""
+
+    def __init__(self, path: Path, messages: Any) -> None:
+        self._folder = path.parent
+        self._name_of_dtype = {number: name.lower() for name, number in messages.DataType.items()}
+        self._blobs: dict[str, Array] = {}
+
+    def program(self, model: Any) -> Program:
+        function = model.mlProgram.functions["main"]
+        inputs, states = {}, {}
+        for item in function.inputs:
+            if item.type.WhichOneof("type") == "stateType":
+                states[item.name] = self._type(item.type.stateType.wrappedType)
+            else:
+                inputs[item.name] = self._type(item.type)
+        block = function.block_specializations[function.opset]
+        constants, operations = {}, []
+        for operation in block.operations:
+            if operation.blocks:
+                raise Unsupported(f"operation {operation.type} has a nested block", hint="export without control flow")
+            if operation.type == "const":
+                constants[operation.outputs[0].name] = self._value(operation.attributes["val"])
+            else:
+                operations.append(self._operation(operation))
+        types = {name: kind for operation in operations for name, kind in operation.outputs}
+        outputs = tuple(block.outputs)
+        return Program(
+            inputs, states, constants, tuple(operations), outputs, function.opset, model.specificationVersion,
+            {name: types[name] for name in outputs if name in types},
+        )  # fmt: skip
+
+    def _operation(self, message: Any) -> Operation:
+        arguments: dict[str, tuple[str | Constant, ...]] = {
+            parameter: tuple(
+                item.name if item.WhichOneof("binding") == "name" else self._value(item.value)
+                for item in argument.arguments
+            )
+            for parameter, argument in message.inputs.items()
+        }
+        name = message.outputs[0].name if message.outputs else ""
+        for key, value in message.attributes.items():
+            if key == "name":
+                name = name or str(self._value(value).value)
+            else:  # constexpr operations of iOS 16 carry their arrays as attributes
+                arguments[key] = (self._value(value),)
+        outputs = tuple((item.name, self._type(item.type)) for item in message.outputs)
+        return Operation(message.type, name, arguments, outputs)
+
+    def _type(self, message: Any) -> ValueType:
+        if message.WhichOneof("type") != "tensorType":
+            raise Unsupported(f"values of {message.WhichOneof('type')} are not known", hint="use tensors only")
+        tensor = message.tensorType
+        sizes = [d.constant.size if d.WhichOneof("dimension") == "constant" else None for d in tensor.dimensions]
+        return ValueType(self._name_of_dtype[tensor.dataType], tuple(sizes))
+
+    def _value(self, message: Any) -> Constant:
+        kind = self._type(message.type)
+        shape = tuple(size or 0 for size in kind.shape)
+        if message.WhichOneof("value") == "blobFileValue":
+            blob = message.blobFileValue
+            array, stored = self._blob(blob.fileName, blob.offset, kind.dtype, shape)
+            return Constant(kind, array, stored)
+        field = message.immediateValue.tensor.WhichOneof("value")
+        raw = getattr(message.immediateValue.tensor, field).values
+        if kind.dtype == "string":
+            return Constant(kind, str(raw[0]) if not shape else [str(item) for item in raw])
+        dtype = NUMPY_DTYPES[kind.dtype]
+        if field == "bytes":
+            array = _unpack(np.frombuffer(raw, np.uint8), kind.dtype, math.prod(shape))
+        else:
+            array = np.array(raw, dtype)
+        if array.size == 1 and math.prod(shape) > 1:  # MIL.proto: one value stands for all
+            array = np.broadcast_to(array, shape)
+        return Constant(kind, array.reshape(shape))
+
+    def _blob(self, reference: str, offset: int, dtype: str, shape: tuple[int, ...]) -> tuple[Array, int]:
+        """The array at ``offset`` of a weight file, a view of the memory map, and its size in bytes."""
+        data = self._blobs.get(reference)
+        if data is None:
+            path = safe_join(self._folder, reference.removeprefix("@model_path/"))
+            if not path.is_file() or path.stat().st_size < 64:
+                raise BadInput(f"weight file {path} is missing or empty", hint=_HINT)
+            data = self._blobs[reference] = np.memmap(path, np.uint8, mode="r")
+        where = f"{reference} at offset {offset}"
+        if offset + 64 > data.size:
+            raise BadInput(f"{where}: beyond the end of the file", hint=_HINT)
+        sentinel, code = (int(n) for n in data[offset : offset + 8].view("<u4"))
+        size, begin = (int(n) for n in data[offset + 8 : offset + 24].view("<u8"))
+        if sentinel != _SENTINEL:
+            raise BadInput(f"{where}: no weight begins there", hint=_HINT)
+        if _BLOB_DTYPES.get(code) != dtype:
+            raise BadInput(f"{where}: stored as {_BLOB_DTYPES.get(code)}, the program says {dtype}", hint=_HINT)
+        count = math.prod(shape)
+        if size != -(-count * _bits(dtype) // 8) or begin + size > data.size:
+            raise BadInput(f"{where}: {size} bytes do not hold {dtype} {list(shape)}", hint=_HINT)
+        return _unpack(data[begin : begin + size], dtype, count).reshape(shape), size
+
+
+def _bits(dtype: str) -> int:
+    return _BITS.get(dtype) or 8 * int(np.dtype(NUMPY_DTYPES[dtype]).itemsize)
+
+
+def _unpack(raw: Array, dtype: str, count: int) -> Array:
+    """``count`` values from their bytes; values under a byte are packed little end first, across byte borders."""
+    bits = _BITS.get(dtype)
+    if bits is None:
+        return raw.view(np.dtype(NUMPY_DTYPES[dtype]).newbyteorder("<"))
+    stream = np.unpackbits(raw, bitorder="little")[: count * bits].reshape(count, bits)
+    values = np.packbits(np.pad(stream, ((0, 0), (0, 8 - bits))), axis=1, bitorder="little")[:, 0]
+    return ((values ^ 8).astype(np.int8) - 8) if dtype == "int4" else values
