@@ -48,7 +48,7 @@ def _half(blocks: Bytes, at: int) -> Floats:
 
 def _nibbles(codes: Bytes) -> Bytes:
     """``[…, n]`` bytes to ``[…, 2 n]``: all low halves, then all high ones."""
-    return np.concatenate([codes & 15, codes >> 4], axis=-1)
+    return np.concatenate([codes & np.uint8(15), codes >> np.uint8(4)], axis=-1)
 
 
 def _bits(packed: Bytes) -> Bytes:
@@ -59,7 +59,7 @@ def _bits(packed: Bytes) -> Bytes:
 def _crumbs(packed: Bytes) -> Bytes:
     """``[blocks, n, 32]`` bytes to ``[blocks, n, 4, 32]`` values of two bits, the lowest first."""
     shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
-    return (packed[:, :, None, :] >> shifts) & 3
+    return (packed[:, :, None, :] >> shifts) & np.uint8(3)
 
 
 def _f32(blocks: Bytes) -> Floats:
@@ -152,8 +152,8 @@ def _q4_k(blocks: Bytes) -> Floats:
 
 def _q5_k(blocks: Bytes) -> Floats:
     low = _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
-    high = (blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
-    return _q45_k(blocks, low | (high << 4))
+    high = (blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & np.uint8(1)
+    return _q45_k(blocks, low | (high << np.uint8(4)))
 
 
 def _q6_k(blocks: Bytes) -> Floats:
@@ -225,8 +225,9 @@ def dequantise(grid: str, raw: bytes | Bytes, shape: tuple[int, ...]) -> Floats:
     blocks = stored.reshape(-1, kind.size_bytes)
     out = np.empty((len(blocks), kind.elements), np.float32)
     step = max(1, _CHUNK_ELEMENTS // kind.elements)
-    for begin in range(0, len(blocks), step):
-        out[begin : begin + step] = kind.decode(blocks[begin : begin + step])
+    with np.errstate(all="ignore"):  # a damaged file may hold infinite scales
+        for begin in range(0, len(blocks), step):
+            out[begin : begin + step] = kind.decode(blocks[begin : begin + step])
     return out.reshape(shape)
 
 
@@ -238,13 +239,15 @@ def quantise(grid: str, weight: Floats) -> Bytes:
     ggml_size(grid, weight.shape)
     rows = np.ascontiguousarray(weight, np.float32).reshape(-1, columns)
     if grid in ("f32", "f16"):
-        return rows.astype("<f4" if grid == "f32" else "<f2").view(np.uint8)
+        plain: Bytes = rows.astype("<f4" if grid == "f32" else "<f2").view(np.uint8)
+        return plain
     tiles = rows.reshape(-1, kind.elements)
     encoders = {"q8_0": _encode_q8_0, "q4_0": _encode_q4_0}
     if grid not in encoders:
         raise Unsupported(f"no quantiser for {grid!r} in numpy", hint="known: f32, f16, q8_0, q4_0")
     scale, codes = encoders[grid](tiles)
-    return np.concatenate([scale.astype("<f2").view(np.uint8), codes], axis=1).reshape(len(rows), -1)
+    blocks: Bytes = np.concatenate([scale.astype("<f2").view(np.uint8), codes], axis=1)
+    return blocks.reshape(len(rows), -1)
 
 
 def _reciprocal(scale: Floats) -> Floats:

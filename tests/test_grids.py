@@ -36,8 +36,9 @@ class _Traits(ctypes.Structure):
 @pytest.fixture(scope="module")
 def ggml() -> ctypes.CDLL:
     pytest.importorskip("llama_cpp")
-    from llama_cpp._ggml import libggml
+    from llama_cpp import _ggml
 
+    libggml: ctypes.CDLL = _ggml.libggml
     libggml.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
     libggml.ggml_quantize_chunk.restype = ctypes.c_size_t
     libggml.ggml_quantize_chunk.argtypes = [

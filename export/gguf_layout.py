@@ -1,0 +1,235 @@
+"""Which parameter of a Transformers model becomes which tensor of a GGUF file, and how its rows lie there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import Unsupported
+
+if TYPE_CHECKING:
+    from ..checkpoints import ModelFolder
+
+__all__ = ["GGUF_ARCHITECTURES", "Placed", "place", "rope_factors", "rope_parameters", "rope_permute"]
+
+Floats = npt.NDArray[np.float32]
+
+GGUF_ARCHITECTURES = {
+    "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
+    "bert": "bert", "distilbert": "bert", "electra": "bert", "roberta": "bert", "xlm-roberta": "bert",
+}  # fmt: skip
+"""``model_type`` of Transformers -> ``general.architecture`` of llama.cpp."""
+
+_DECODER_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+_DECODER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+_BERT_LAYER = {
+    "attention.self.query": "attn_q", "attention.self.key": "attn_k", "attention.self.value": "attn_v",
+    "attention.output.dense": "attn_output", "attention.output.LayerNorm": "attn_output_norm",
+    "intermediate.dense": "ffn_up", "output.dense": "ffn_down", "output.LayerNorm": "layer_output_norm",
+}  # fmt: skip
+_DISTILBERT_LAYER = {
+    "attention.q_lin": "attn_q", "attention.k_lin": "attn_k", "attention.v_lin": "attn_v",
+    "attention.out_lin": "attn_output", "sa_layer_norm": "attn_output_norm",
+    "ffn.lin1": "ffn_up", "ffn.lin2": "ffn_down", "output_layer_norm": "layer_output_norm",
+}  # fmt: skip
+_BERT = {
+    "embeddings.word_embeddings": "token_embd", "embeddings.position_embeddings": "position_embd",
+    "embeddings.token_type_embeddings": "token_types", "embeddings.LayerNorm": "token_embd_norm",
+}  # fmt: skip
+# llama.cpp computes cls.output(tanh(cls(first token))): the heads of these, and of no other encoder.
+_HEADS = {
+    "bert": {"bert.pooler.dense": "cls", "classifier": "cls.output"},
+    "roberta": {"classifier.dense": "cls", "classifier.out_proj": "cls.output"},
+    "xlm-roberta": {"classifier.dense": "cls", "classifier.out_proj": "cls.output"},
+}
+_GELU = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python")
+# Kept float32 at any quantisation, as llama.cpp's converter and quantiser do.
+_ALWAYS_FLOAT = ("position_embd.weight", "token_types.weight")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A parameter ``name`` (shape ``shape`` in the model) that is stored as ``stored``.
+
+    ``skip_rows`` leading rows are left out; ``rope_heads`` heads are permuted by :func:`rope_permute`. ``is_matrix``
+    tensors take the file's float type, the others stay float32.
+    """
+
+    name: str
+    stored: str
+    shape: tuple[int, ...]
+    skip_rows: int = 0
+    rope_heads: int | None = None
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the quantisation applies: a weight of two dimensions that isn't a norm or a small table."""
+        return len(self.shape) > 1 and self.stored not in _ALWAYS_FLOAT
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape in the file, rows first."""
+        return (self.shape[0] - self.skip_rows, *self.shape[1:])
+
+    @property
+    def layout(self) -> tuple[tuple[Any, ...], ...]:
+        """Steps from the stored array to the parameter, for ``tensors.json``."""
+        return (("rope_unpermute", self.rope_heads),) if self.rope_heads else ()
+
+    def transform(self, weight: Floats) -> Floats:
+        """The parameter as it is stored."""
+        weight = weight[self.skip_rows :]
+        return rope_permute(weight, self.rope_heads) if self.rope_heads else weight
+
+
+def rope_permute(weight: Floats, heads: int) -> Floats:
+    """Rows of a query or key projection from Transformers' order to llama.cpp's.
+
+    Transformers rotates row ``i`` of a head with row ``i + half``; llama.cpp's ``llama`` rotates neighbours ``2 i`` and
+    ``2 i + 1``. So within each of ``heads`` heads of ``2 * half`` rows, old row ``part * half + i`` becomes new row
+    ``2 * i + part``. The layout step ``["rope_unpermute", heads]`` is the inverse.
+    """
+    half = weight.shape[0] // heads // 2
+    split = weight.reshape(heads, 2, half, *weight.shape[1:])
+    return np.ascontiguousarray(split.swapaxes(1, 2).reshape(weight.shape))
+
+
+def place(model: ModelFolder, shapes: dict[str, tuple[int, ...]]) -> list[Placed]:
+    """Where each parameter of ``shapes`` goes, in file order.
+
+    Raises :class:`Unsupported` for an architecture, task, activation or parameter that llama.cpp has no place for:
+    nothing is left out silently.
+    """
+    _check(model)
+    placed = [
+        _placed(model, f"{name}.{kind}", f"{stored}.{kind}", shapes[f"{name}.{kind}"])
+        for name, stored in _names(model).items()
+        for kind in ("weight", "bias")
+        if f"{name}.{kind}" in shapes
+    ]
+    left = set(shapes) - {item.name for item in placed} - _unused(model, shapes)
+    if left:
+        raise Unsupported(
+            f"llama.cpp's {GGUF_ARCHITECTURES[model.architecture]} has no place for {sorted(left)[0]}",
+            hint="export this model to onnx or coreml",
+        )
+    return placed
+
+
+def _names(model: ModelFolder) -> dict[str, str]:
+    if model.task == "text-generation":
+        names, layer = dict(_DECODER), _DECODER_LAYER
+    else:
+        base = model.embeddings_path.partition("embeddings.")[0]
+        names = {base + name: stored for name, stored in _BERT.items()}
+        names |= _HEADS[model.architecture] if model.task == "text-classification" else {}
+        layer = _DISTILBERT_LAYER if model.architecture == "distilbert" else _BERT_LAYER
+    for index in range(model.layers):
+        names |= {f"{model.layers_path}.{index}.{name}": f"blk.{index}.{stored}" for name, stored in layer.items()}
+    return names
+
+
+def _placed(model: ModelFolder, name: str, stored: str, shape: tuple[int, ...]) -> Placed:
+    config = model.config
+    if model.architecture == "llama" and ".q_proj." in name:
+        return Placed(name, stored, shape, rope_heads=config["num_attention_heads"])
+    if model.architecture == "llama" and ".k_proj." in name:
+        return Placed(
+            name, stored, shape, rope_heads=config.get("num_key_value_heads") or config["num_attention_heads"]
+        )
+    if stored == "position_embd.weight" and model.architecture in ("roberta", "xlm-roberta"):
+        return Placed(name, stored, shape, skip_rows=config["pad_token_id"] + 1)  # positions count from padding_idx + 1
+    return Placed(name, stored, shape)
+
+
+def _unused(model: ModelFolder, shapes: dict[str, tuple[int, ...]]) -> set[str]:
+    """Parameters that the task doesn't use: a pooler under embeddings, an output layer that is the input layer."""
+    unused = {name for name in shapes if name.endswith(("position_ids", "rotary_emb.inv_freq"))}
+    if model.task == "feature-extraction":
+        unused |= {name for name in shapes if name.startswith("pooler.")}
+    return unused
+
+
+def _check(model: ModelFolder) -> None:
+    hint = "export it to onnx or coreml"
+    if model.architecture not in GGUF_ARCHITECTURES:
+        raise Unsupported(f"llama.cpp can't run {model.architecture} as we know it", hint=hint)
+    if model.task == "text-classification" and model.architecture not in _HEADS:
+        raise Unsupported(f"llama.cpp has no classification head like that of {model.architecture}", hint=hint)
+    config = model.config
+    if model.task == "text-generation":
+        _expect(config.get("hidden_act", "silu") == "silu", "activation", config.get("hidden_act"))
+        _expect(not config.get("mlp_bias"), "mlp_bias", config.get("mlp_bias"))
+        rope_parameters(model)
+        return
+    activation = config.get("hidden_act", config.get("activation", "gelu"))
+    _expect(activation in _GELU, "activation", activation)
+    kind = config.get("position_embedding_type", "absolute")
+    _expect(kind == "absolute", "position_embedding_type", kind)
+    _expect(not config.get("sinusoidal_pos_embds"), "sinusoidal_pos_embds", True)
+    width = config.get("embedding_size", model.hidden_size)
+    _expect(width == model.hidden_size, "embedding_size", width)
+    _expect(not config.get("is_decoder"), "is_decoder", True)
+
+
+def _expect(fine: bool, key: str, value: object) -> None:
+    if not fine:
+        raise Unsupported(f"llama.cpp can't run a model with {key} = {value!r}", hint="export it to onnx or coreml")
+
+
+def rope_parameters(model: ModelFolder) -> dict[str, Any]:
+    """Rotary parameters of a config, in Transformers' old and new spelling: ``rope_theta``, ``rope_type``, …
+
+    Raises :class:`Unsupported` for scalings other than linear, yarn and llama3.
+    """
+    config = model.config
+    found = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = found.pop("type", None) or "default"
+    found.setdefault("rope_type", kind)
+    found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    known = found["rope_type"] in ("default", "linear", "yarn", *(["llama3"] if model.architecture == "llama" else []))
+    _expect(known, "rope_type", found["rope_type"])
+    share = found.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    _expect(share in (None, 1.0), "partial_rotary_factor", share)
+    return found
+
+
+def rope_factors(model: ModelFolder) -> Floats | None:
+    """What each rotary frequency is divided by in Llama 3's scaling ``[head_dim / 2]``, or ``None`` without it.
+
+    Low frequencies are divided by ``factor``, high ones kept, those between interpolated (Llama 3.1 reference code).
+    """
+    rope = rope_parameters(model)
+    if rope["rope_type"] != "llama3":
+        return None
+    size = model.config.get("head_dim") or model.hidden_size // model.config["num_attention_heads"]
+    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    context = float(rope["original_max_position_embeddings"])
+    return np.fromiter(
+        (
+            _llama3_factor(float(rope["rope_theta"]) ** (at / size), factor, low, high, context)
+            for at in range(0, size, 2)
+        ),
+        np.float32,
+    )
+
+
+def _llama3_factor(period: float, factor: float, low: float, high: float, context: float) -> float:
+    turns = context / (2 * math.pi * period)  # rotations within the context of the original training
+    if turns > high:
+        return 1.0
+    if turns < low:
+        return factor
+    share = (turns - low) / (high - low)
+    return 1 / ((1 - share) / factor + share)

@@ -1,0 +1,83 @@
+"""Work for llama.cpp that is done in a process of its own: on some inputs it aborts, and the run must outlive that.
+
+``python -m edgestill.export.gguf_native`` reads one request as JSON from stdin and writes the answer to stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import EdgestillError, MissingDependency
+from ..runtimes.llamacpp_api import LlamaModel, quantise_file
+
+__all__ = ["quantise", "tokenise"]
+
+Ids = list[list[int]]
+
+
+def quantise(source: Path, target: Path, file_type: str, threads: int) -> None:
+    """Quantise the float GGUF ``source`` into ``target`` (``q8_0``, ``q4_k_m``, ``q4_0``)."""
+    _ask({"do": "quantise", "source": str(source), "target": str(target), "type": file_type, "threads": threads})
+
+
+def tokenise(path: Path, pre: str | None, texts: Sequence[str], framed: Sequence[str]) -> tuple[Ids, Ids]:
+    """Ids that llama.cpp makes of ``texts`` without special tokens around them, and of ``framed`` with them.
+
+    ``pre`` replaces the pre-tokenizer named in the file. Raises :class:`EdgestillError` when llama.cpp refuses it.
+    """
+    request = {"do": "tokenise", "path": str(path), "pre": pre, "texts": list(texts), "framed": list(framed)}
+    plain, with_special = _ask(request)
+    return plain, with_special
+
+
+def _ask(request: dict[str, Any]) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "edgestill.export.gguf_native"],
+        input=json.dumps(request), capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        raise EdgestillError(
+            f"llama.cpp failed to {request['do']} (exit code {done.returncode}): {last[:200]}",
+            hint="see whether another quantisation works, and report the model",
+        )
+    answer = json.loads(done.stdout)
+    if "missing" in answer:
+        raise MissingDependency(answer["missing"], hint=answer["hint"])
+    if "error" in answer:
+        raise EdgestillError(answer["error"], hint=answer["hint"])
+    return answer["value"]
+
+
+def _answer(request: dict[str, Any]) -> Any:
+    if request["do"] == "quantise":
+        quantise_file(Path(request["source"]), Path(request["target"]), request["type"], request["threads"])
+        return None
+    pre = {"tokenizer.ggml.pre": request["pre"]} if request["pre"] else None
+    model = LlamaModel(Path(request["path"]), vocab_only=True, overrides=pre)
+    plain = [model.tokenize(text, add_special=False) for text in request["texts"]]
+    framed = [model.tokenize(text, add_special=True) for text in request["framed"]]
+    model.close()
+    return [plain, framed]
+
+
+def _main() -> None:
+    request = json.load(sys.stdin)
+    try:
+        answer = {"value": _answer(request)}
+    except MissingDependency as error:
+        answer = {"missing": error.message, "hint": error.hint}
+    except EdgestillError as error:
+        answer = {"error": error.message, "hint": error.hint}
+    sys.stdout.write(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    _main()
