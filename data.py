@@ -84,7 +84,7 @@ class _Document:
 
     key: str
     pieces: list[tuple[str, str]]
-    used: bool = False
+    used: str = ""  # by which split
 
 
 def load_data(config: DataConfig, *, base: Path, cache: Path | None = None, progress: Progress = silent) -> DataSets:
@@ -199,13 +199,10 @@ def _deal_held_out(
     share = len(pool) / 4 if config.train else len(pool)
     found: list[str] = []
     per_document = max(1, -(-held_out // max(1, int(share))))
-    # Where documents turn out to hold fewer pieces than hoped for, go round again and take more from each.
     while len(found) < asked:
         before = len(found)
         for document in pool:
-            if len(found) >= asked:
-                break
-            if document.used or document.key in taken:
+            if document.used != split and (document.used or document.key in taken):
                 continue
             picked = 0
             for key, text in sorted(document.pieces, key=lambda piece: _rank(seed, piece[0])):
@@ -214,9 +211,11 @@ def _deal_held_out(
                     found.append(text)
                     picked += 1
             if picked:
-                document.used = True
+                document.used = split
+                taken.add(document.key)  # so that another set made of the same documents leaves it alone too
         if len(found) == before:
             raise _too_few(config, pool, split, len(found))
+        per_document *= 2  # documents held fewer pieces than hoped for: go round again and take more from each
     return found
 
 
