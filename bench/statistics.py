@@ -97,23 +97,17 @@ def ratio_interval(
     if not left or not right or any(x.size == 0 for x in [*left, *right]):
         raise ValueError("a ratio needs at least one sample in every launch of both sides")
     reducer = _REDUCERS[statistic]
-
-    def of(launches: Sequence[Floats]) -> float:
-        return float(reducer(np.concatenate(launches)[None, :])[0])
-
     generator = np.random.default_rng(seed)
     together = paired and len(left) == len(right)
-    drawn = np.empty(resamples)
-    for index in range(resamples):
-        first = generator.integers(len(left), size=len(left))
-        second = first if together else generator.integers(len(right), size=len(right))
-        over = of([generator.choice(left[i], left[i].size) for i in first])
-        under = of([generator.choice(right[i], right[i].size) for i in second])
-        drawn[index] = over / under
+    first = generator.integers(len(left), size=(resamples, len(left)))
+    second = first if together else generator.integers(len(right), size=(resamples, len(right)))
+    over, under = (reducer(_inside(x, chosen, generator)) for x, chosen in ((left, first), (right, second)))
+    drawn = over / under
     fewest = min(len(left), len(right))
     units = fewest if fewest > 1 else min(left[0].size, right[0].size)
     low, high = _tails(drawn, level, units) if units > 1 else (drawn.min(), drawn.max())
-    return Interval(of(left) / of(right), float(low), float(high))
+    value = reducer(np.concatenate(left)[None])[0] / reducer(np.concatenate(right)[None])[0]
+    return Interval(float(value), float(low), float(high))
 
 
 def noise_floor(a: Launches, again: Launches, *, level: float = 0.95, seed: int = 0) -> float:
@@ -197,29 +191,39 @@ def _resample(
     generator: np.random.Generator,
 ) -> Floats:
     """The statistic of ``resamples`` resamples, in chunks of bounded memory; groups of unequal size one by one."""
-    count, sizes = len(members), {len(member) for member in members}
+    count = len(members)
+    largest = max(len(member) for member in members)
+    width = values[0].size if values.ndim > 1 else 1
+    step = max(1, _CHUNK_ELEMENTS // (count * largest * width))
+    table = np.stack(members) if all(len(member) == largest for member in members) else None
     drawn = []
-    if len(sizes) == 1:
-        table = np.stack(members)  # [groups, size]
-        size = table.shape[1]
-        width = values[0].size if values.ndim > 1 else 1
-        step = max(1, _CHUNK_ELEMENTS // (count * size * width))
-        for start in range(0, resamples, step):
-            rows = min(step, resamples - start)
-            chosen = generator.integers(count, size=(rows, count))
-            if within:
-                inner = generator.integers(size, size=(rows, count, size))
-                index = table[chosen[:, :, None], inner]
-            else:
-                index = table[chosen]
-            drawn.append(np.asarray(reducer(values[index.reshape(rows, -1)]), dtype=np.float64))
-    else:
-        for _ in range(resamples):
-            picked = [members[i] for i in generator.integers(count, size=count)]
-            if within:
-                picked = [generator.choice(member, len(member)) for member in picked]
-            drawn.append(np.asarray(reducer(values[np.concatenate(picked)][None]), dtype=np.float64))
+    for start in range(0, resamples, step):
+        chosen = generator.integers(count, size=(min(step, resamples - start), count))
+        if within:
+            rows = _inside([values[member] for member in members], chosen, generator)
+            drawn.append(np.asarray(reducer(rows), dtype=np.float64))
+        elif table is not None:
+            index = table[chosen].reshape(len(chosen), -1)
+            drawn.append(np.asarray(reducer(values[index]), dtype=np.float64))
+        else:  # whole groups of unequal size: resamples differ in length
+            drawn += [
+                np.asarray(reducer(values[np.concatenate([members[i] for i in row])][None]), dtype=np.float64)
+                for row in chosen
+            ]
     return np.concatenate(drawn)
+
+
+def _inside(groups: Sequence[Floats], chosen: npt.NDArray[np.intp], generator: np.random.Generator) -> Floats:
+    """Samples ``[R, G * m]`` drawn inside the ``chosen [R, G]`` groups; ``m`` is the largest group's size, so that
+    groups that were cut short (a launch that ran into its time limit) weigh as much as the others."""
+    sizes = np.array([len(group) for group in groups])
+    padded = np.zeros((len(groups), sizes.max(), *groups[0].shape[1:]))
+    for row, group in zip(padded, groups, strict=True):
+        row[: len(group)] = group
+    shape = (*chosen.shape, int(sizes.max()))
+    inner = (generator.random(shape) * sizes[chosen][:, :, None]).astype(np.intp)
+    drawn = padded[chosen[:, :, None], inner]
+    return np.asarray(drawn.reshape(len(chosen), -1, *drawn.shape[3:]))
 
 
 def _tails(drawn: Floats, level: float, units: int) -> tuple[float, float]:

@@ -118,6 +118,22 @@ def test_pairing_cancels_slow_phases_of_the_machine() -> None:
     assert paired.high - paired.low < 0.1 * (apart.high - apart.low)
 
 
+def test_ratio_of_unequal_launches_agrees_with_a_loop() -> None:
+    generator = np.random.default_rng(9)
+    a = [list(generator.normal(2, 0.3, n)) for n in (20, 25, 30, 28)]
+    b = [list(generator.normal(1, 0.2, n)) for n in (30, 22, 26, 24)]
+    drawn = []
+    for _ in range(4000):
+        launches = generator.integers(4, size=4)
+        over = [generator.choice(a[i], 30) for i in launches]
+        under = [generator.choice(b[i], 30) for i in launches]
+        drawn.append(np.median(np.concatenate(over)) / np.median(np.concatenate(under)))
+    tail = stats.norm.cdf(np.sqrt(4 / 3) * stats.t.ppf(0.025, 3))
+    found = ratio_interval(a, b, resamples=20_000)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, [tail, 1 - tail])), abs=0.04)
+    assert found.value == pytest.approx(np.median(np.concatenate(a)) / np.median(np.concatenate(b)))
+
+
 def test_noise_floor_is_small_for_a_steady_machine_and_large_for_a_busy_one() -> None:
     generator = np.random.default_rng(8)
 
