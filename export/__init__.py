@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..progress import Progress, silent
 
 if TYPE_CHECKING:
-    from ..artifact import Artifact
+    from ..artifact import Artifact, Format
+    from ..checkpoints import ModelFolder
     from ..recipe import ExportConfig
+    from .writer import Draft
 
 __all__ = ["export"]
+
+# Whose versions the lineage names.
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "onnx": ("onnx", "onnxruntime"),
+    "gguf": ("gguf", "llama-cpp-python"),
+    "coreml": ("coremltools", "torch", "transformers"),
+}
 
 
 def export(
@@ -43,25 +52,16 @@ def export(
 
     folder = open_model(model)
     writer.check_room(out, 2 * folder.size_bytes + (64 << 20))
-    match config.format:
-        case "onnx":
-            from .onnx import write
-        case "gguf":
-            from .gguf import write
-        case _:
-            from .coreml import write
+    form, write = _writer(config.format)
     with atomic_directory(out) as temporary:
         draft = write(folder, temporary, config, calibration, progress)
         progress(f"{config.variant}: sealing")
         writer.copy_companions(folder, temporary)
         write_tensors(temporary, draft.tensors)
-        packages = {"onnx": ("onnx", "onnxruntime"), "gguf": ("gguf", "llama-cpp-python")}.get(
-            config.format, ("coremltools", "torch", "transformers")
-        )
         sealed = seal_artifact(
             temporary,
             Manifest(
-                format=config.format,
+                format=form,
                 quantisation=config.quantisation,
                 task=folder.task,
                 entry=draft.entry,
@@ -76,7 +76,7 @@ def export(
                 lineage={
                     **(lineage or {}),
                     "model_id": folder.model_id,
-                    "versions": {"edgestill": __version__, **writer.versions("numpy", *packages)},
+                    "versions": {"edgestill": __version__, **writer.versions("numpy", *PACKAGES[form])},
                 },
                 license=folder.license,
                 kv_cache_bytes_per_token=draft.kv_cache_bytes_per_token,
@@ -88,3 +88,17 @@ def export(
             ),
         )
     return Artifact(out, sealed.manifest)
+
+
+def _writer(form: str) -> tuple[Format, Callable[[ModelFolder, Path, ExportConfig, Sequence[str], Progress], Draft]]:
+    if form == "onnx":
+        from . import onnx
+
+        return "onnx", onnx.write
+    if form == "gguf":
+        from . import gguf
+
+        return "gguf", gguf.write
+    from . import coreml
+
+    return "coreml", coreml.write

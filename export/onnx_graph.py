@@ -62,7 +62,7 @@ SCHEMES: dict[str, Scheme] = {
     "fp16": Scheme(Kind(), half=True),
     "int8": Scheme(_INT8),
     "int4": Scheme(_INT4, (("head", _INT8), ("embedding", _INT8))),
-    "int8-dynamic": Scheme(Kind("dynamic", 7), (("head", _INT8), ("embedding", _INT8), ("down", _INT8))),
+    "int8-dynamic": Scheme(Kind("dynamic", 7, per_row=True), (("head", _INT8), ("embedding", _INT8), ("down", _INT8))),
     "int8-dynamic-per-channel": Scheme(Kind("dynamic", 8, per_row=True), (("embedding", _INT8),)),
 }
 
@@ -77,7 +77,7 @@ def pack_bits(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
         return codes
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
-    return codes[..., 0::2] | codes[..., 1::2] << 4
+    return np.asarray(codes[..., 0::2] | codes[..., 1::2] << 4, np.uint8)
 
 
 class Graph:

@@ -1,0 +1,144 @@
+"""Would a dynamically quantised ONNX model overflow on a processor that adds its int8 products in 16 bits?
+
+x86 processors without VNNI multiply uint8 activations by int8 weights with VPMADDUBSW: two neighbouring products are
+added and *saturated* to int16. 255 * 127 * 2 does not fit, so sums are cut, silently, and only on such machines. This
+check does not depend on the machine that it runs on: it takes the real quantised activations of a model and redoes the
+pairs with numpy. Source: ONNX Runtime, "Quantize ONNX models" (U8S8, reduce_range); Intel SDM, VPMADDUBSW.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..artifact import Artifact
+from ..errors import BadInput, MissingDependency
+from .payload_onnx import load_model
+from .session import Ints
+
+__all__ = ["Saturation", "pair_saturation", "saturation"]
+
+_LOW, _HIGH = -(1 << 15), (1 << 15) - 1
+_ROWS = 24  # activations taken of each node: enough to see outliers, little enough for a model of 200 nodes
+_COLUMNS, _PAIRS = 4096, 1 << 16  # taken at a time, to bound memory
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """``fraction`` of all pairs of products that saturate (exactly 0 for a safe model), ``worst_node`` by
+    ``relative_error``: the norm of what saturation changes over the norm of the node's exact result. ``nodes``
+    MatMulIntegers were looked at, each with ``rows`` activation rows at most."""
+
+    fraction: float
+    worst_node: str
+    relative_error: float
+    nodes: int
+    rows: int = _ROWS
+
+
+def pair_saturation(
+    levels: npt.NDArray[np.uint8], zero_point: int, codes: npt.NDArray[np.int8]
+) -> tuple[int, int, float]:
+    """Saturating pairs, pairs, and relative error of ``(levels [M, K] - zero_point) @ codes [K, N]``.
+
+    Pair ``k`` is ``levels[2k] * codes[2k] + levels[2k+1] * codes[2k+1]``, the zero point being subtracted afterwards,
+    as MLAS does. A pair of weights that could not saturate with the activations' largest values is not computed.
+    """
+    if levels.shape[1] % 2:
+        levels = np.pad(levels, ((0, 0), (0, 1)))
+        codes = np.pad(codes, ((0, 1), (0, 0)))
+    pairs = levels.shape[0] * codes.shape[0] // 2 * codes.shape[1]
+    size = np.abs(codes.astype(np.int16))
+    if int((size[0::2] + size[1::2]).max(initial=0)) * 255 <= _HIGH:  # no activation could saturate these weights
+        return 0, pairs, 0.0
+    saturating, exact_square, lost_square = 0, 0.0, 0.0
+    for start in range(0, codes.shape[1], _COLUMNS):
+        count, lost, whole = _columns(levels.astype(np.int32), zero_point, codes[:, start : start + _COLUMNS])
+        saturating, lost_square, exact_square = saturating + count, lost_square + lost, exact_square + whole
+    return saturating, pairs, float(np.sqrt(lost_square / exact_square)) if exact_square else 0.0
+
+
+def _columns(a: npt.NDArray[np.int32], zero_point: int, codes: npt.NDArray[np.int8]) -> tuple[int, float, float]:
+    """For some columns: saturating pairs, squared norm of what is lost, squared norm of the exact result."""
+    b = codes.astype(np.int32)
+    most = a.max(axis=0, initial=0)[:, None]
+    positive, negative = most * np.maximum(b, 0), most * np.minimum(b, 0)
+    possible = (positive[0::2] + positive[1::2] > _HIGH) | (negative[0::2] + negative[1::2] < _LOW)
+    exact = (a - zero_point).astype(np.float32) @ b.astype(np.float32)  # float is enough for a norm
+    lost = np.zeros(exact.shape, np.float64)
+    count = 0
+    pair, column = np.nonzero(possible)
+    for start in range(0, len(pair), _PAIRS):
+        p, c = pair[start : start + _PAIRS], column[start : start + _PAIRS]
+        sums = a[:, 2 * p] * b[2 * p, c] + a[:, 2 * p + 1] * b[2 * p + 1, c]
+        row, at = np.nonzero((sums > _HIGH) | (sums < _LOW))
+        count += len(row)
+        np.add.at(lost, (row, c[at]), np.clip(sums[row, at], _LOW, _HIGH) - sums[row, at])
+    return count, float(np.square(lost).sum()), float(np.square(exact.astype(np.float64)).sum())
+
+
+def saturation(artifact: Artifact, ids: Ints, attention_mask: Ints) -> Saturation | None:
+    """Run ``ids [B, T]`` (right padding) through the artifact and redo each of its MatMulIntegers in 16-bit pairs.
+
+    Returns ``None`` for an artifact without dynamic int8. Raises :class:`BadInput` for a damaged file,
+    :class:`MissingDependency` without onnx or onnxruntime.
+    """
+    model = load_model(artifact.entry)
+    nodes = [node for node in model.graph.node if node.op_type == "MatMulInteger"]
+    if not nodes:
+        return None
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    wanted = list(dict.fromkeys(name for node in nodes for name in (node.input[0], node.input[2])))
+    found = _run(artifact, model, wanted, ids, attention_mask)
+    real = np.flatnonzero(attention_mask.reshape(-1))
+    rows = real[np.linspace(0, len(real) - 1, min(_ROWS, len(real))).astype(int)]
+    saturating = pairs = 0
+    worst, worst_error = nodes[0].name, -1.0
+    for node in nodes:
+        levels = found[node.input[0]].reshape(-1, found[node.input[0]].shape[-1])
+        if len(levels) == attention_mask.size:
+            levels = levels[rows]
+        codes = _codes(artifact, weights, node.input[1])
+        count, total, error = pair_saturation(levels, int(found[node.input[2]].reshape(())), codes)
+        saturating, pairs = saturating + count, pairs + total
+        if error > worst_error:
+            worst, worst_error = node.name, error
+    return Saturation(saturating / pairs, worst, worst_error, len(nodes), len(rows))
+
+
+def _codes(artifact: Artifact, weights: dict[str, Any], name: str) -> npt.NDArray[np.int8]:
+    from onnx import numpy_helper
+
+    if name not in weights:
+        raise BadInput(f"{artifact.entry}: weight {name!r} of a MatMulInteger is not constant", hint="export it again")
+    return np.asarray(numpy_helper.to_array(weights[name], str(artifact.path)), np.int8)
+
+
+def _run(
+    artifact: Artifact, model: Any, wanted: list[str], ids: Ints, attention_mask: Ints
+) -> dict[str, npt.NDArray[Any]]:
+    """The values ``wanted`` of one forward pass, by a copy of the model in which they are outputs."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingDependency.package("onnxruntime", "runtimes") from None
+    from onnx import TensorProto, external_data_helper, helper
+
+    exposed = type(model)()
+    exposed.CopyFrom(model)
+    external_data_helper.load_external_data_for_model(exposed, str(artifact.path))
+    exposed.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.UINT8, None) for name in wanted)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        exposed.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )  # fmt: skip
+    feed: dict[str, Any] = {"input_ids": ids.astype(np.int64), "attention_mask": attention_mask.astype(np.int64)}
+    for item in session.get_inputs():
+        if item.name.startswith("past_key_values."):
+            feed[item.name] = np.zeros((ids.shape[0], item.shape[1], 0, item.shape[3]), np.float32)
+    return dict(zip(wanted, session.run(wanted, feed), strict=True))
