@@ -1,0 +1,224 @@
+"""Is an artifact what it says it is? Hashes, types, the weight map, every weight on its grid, the tokenizer."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..artifact import Artifact
+from ..errors import EdgestillError, MissingDependency
+from .limits import GRID_LIMITS, GridLimit
+from .records import Check
+
+__all__ = ["NASTY_TEXTS", "WeightError", "check_histogram", "check_tokenizer", "check_weights", "weight_error"]
+
+Floats = npt.NDArray[np.float32]
+
+NASTY_TEXTS = (
+    "Hello, World!", "  two  spaces and\ttabs\n\nand lines \r\n", "naïve café — “quotes” … ½ ﬁ", "ÀÉÎ İstanbul ß ẞ",
+    "日本語のテキスト 中文 한국어", "السلام عليكم שלום", "🙂👩‍👩‍👧‍👦🇩🇪", "e\u0301 vs \u00e9, \u200b\u00a0\ufeff",
+    "[CLS] [SEP] [MASK] <s> </s> <|endoftext|> <|im_start|>user", "3.14159 1,000,000 0x1F 2026-11-24",
+    "don't can't I'll they've", "a" * 300, "!?#$%&*()_+-=[]{}|;:'\",.<>/\\`~", "\x00\x07\x1b", "", " ", "\n",
+    "https://example.org/a?b=c&d=e#f user@example.org", "CamelCaseWord snake_case_word kebab-case",
+    "ｆｕｌｌｗｉｄｔｈ",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WeightError:
+    """How far a stored tensor is from its float weight, each as a share of what its grid allows (1 is the limit):
+    the worst weight, the root mean square, and the common factor that a wrong scale would leave."""
+
+    largest: float
+    rms: float
+    gain: float
+
+    @property
+    def worst(self) -> float:
+        """The largest of the three."""
+        return max(self.largest, self.rms, self.gain)
+
+    @property
+    def what(self) -> str:
+        """Which of the three is worst."""
+        names = {self.largest: "largest error", self.rms: "mean error", self.gain: "scale"}
+        return names[self.worst]
+
+
+def check_histogram(artifact: Artifact, payload: Any) -> Check:
+    """The types that ``artifact.json`` claims are those in the file."""
+    claimed = {name: (row.tensors, row.parameters, row.size_bytes) for name, row in
+               artifact.manifest.dtype_histogram.items()}  # fmt: skip
+    found = {name: (row.tensors, row.parameters, row.size_bytes) for name, row in payload.histogram().items()}
+    differing = sorted(name for name in claimed.keys() | found.keys() if claimed.get(name) != found.get(name))
+    reason = "the types read back from the payload are those of artifact.json"
+    if differing:
+        name = differing[0]
+        reason = f"{name}: artifact.json says {claimed.get(name)} (tensors, parameters, bytes), file {found.get(name)}"
+    return Check("dtype_histogram", "integrity", not differing, float(len(differing)), 0.0, unit="types", reason=reason)
+
+
+def check_weights(artifact: Artifact, payload: Any, student: Path) -> list[Check]:
+    """The weight map is complete, and every stored weight lies where its grid must put the student's.
+
+    Two checks: ``weight_map`` (each parameter once; a tied embedding may be stored twice, and a vector of ones or
+    zeros may be left out, since a converter may drop a multiplication by 1) and ``weights_on_grid``,
+    whose value is the worst share of the grid's rounding bound, whose ``first_tensor`` is the first that breaks it,
+    in the model's order.
+    """
+    from ..checkpoints import WEIGHTS_FILE, open_model, read_safetensors_header
+
+    folder = open_model(student)
+    header = read_safetensors_header(student / WEIGHTS_FILE)
+    tensors = sorted(artifact.tensors(), key=lambda tensor: _natural(tensor.name))
+    counts = Counter(tensor.name for tensor in tensors)
+    head = "lm_head.weight"
+    tied = {folder.embeddings_path} if folder.task == "text-generation" and head not in header else set()
+    known = set(header) | ({head} if tied else set())
+    lost = set(header) - set(counts)
+    with _student_weights(student / WEIGHTS_FILE) as weights:
+        lost = {name for name in lost if not _changes_nothing(weights.get_tensor(name))}
+    problems = [(name, "is not mapped") for name in sorted(lost, key=_natural)]
+    problems += [(name, "is not a parameter of the student") for name in sorted(set(counts) - known, key=_natural)]
+    problems += [(name, f"is mapped {n} times") for name, n in sorted(counts.items())
+                 if n > (2 if name in tied else 1)]  # fmt: skip
+    reason = "every parameter of the student is stored once"
+    if problems:
+        reason = f"{problems[0][0]} {problems[0][1]}" + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
+    first = problems[0][0] if problems else None
+    checks = [_check("weight_map", not problems, float(len(problems)), 0.0, "parameters", reason, first)]
+    worst, worst_name, broken, why = 0.0, "", "", ""
+    with _student_weights(student / WEIGHTS_FILE) as weights:
+        for tensor in tensors:
+            name = folder.embeddings_path if tensor.name == head and head not in header else tensor.name
+            if name not in header:
+                continue
+            problem, share = _judge(payload, tensor, weights.get_tensor(name))
+            if share > worst:
+                worst, worst_name = share, tensor.name
+            if share > 1 and not broken:
+                broken, why = tensor.name, problem
+    reason = "stored weights are the student's, rounded to their grid"
+    if broken:
+        reason = f"{broken}: {why}" + (f"; the worst is {worst_name}" if worst_name != broken else "")
+    unit = "share of the rounding bound"
+    checks.append(_check("weights_on_grid", not broken, min(worst, 1e9), 1.0, unit, reason, broken or None))
+    return checks
+
+
+def weight_error(grid: str, weight: Floats, decoded: Floats) -> WeightError:
+    """``decoded`` against ``weight`` (same shape), by the limits of ``grid``; KeyError for an unknown grid."""
+    limit = GRID_LIMITS[grid]
+    wide = weight.astype(np.float64)
+    error = np.abs(decoded.astype(np.float64) - wide)
+    if not np.isfinite(error).all():
+        return WeightError(np.inf, np.inf, np.inf)
+    if limit.bits == 0:
+        allowed = np.abs(wide) * limit.relative + limit.absolute
+        if not allowed.any():
+            return WeightError(np.inf if error.any() else 0.0, 0.0, 0.0)
+        return WeightError(float((error / np.maximum(allowed, 1e-300)).max(initial=0)), 0.0, 0.0)
+    steps = _steps(np.abs(wide), limit)
+    if not steps.any():
+        return WeightError(np.inf if error.any() else 0.0, 0.0, 0.0)
+    largest = float((error / np.maximum(steps, 1e-30)).max()) / limit.largest
+    rms = float(np.sqrt((error**2).mean() / (steps**2).mean())) / limit.rms
+    power = float((wide**2).mean())
+    noise = float((error**2).mean()) / power  # relative, squared
+    gain = float((wide * decoded).mean()) / power
+    allowed_gain = 5 * np.sqrt(noise / wide.size) + noise + 1e-4
+    return WeightError(largest, rms, abs(gain - 1) / allowed_gain)
+
+
+def check_tokenizer(artifact: Artifact, student: Path, tokenize: Any = None) -> Check:
+    """The tokenizer that ships gives the student's ids on nasty texts.
+
+    ``tokenize(text) -> ids`` is the runtime's own (a GGUF carries its tokenizer in the model file); without it the
+    ``tokenizer.json`` beside the payload is read.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ModuleNotFoundError:
+        raise MissingDependency.package("tokenizers", "distill") from None
+    reason = f"equal ids on {len(NASTY_TEXTS)} awkward texts"
+    ours = artifact.path / "tokenizer.json"
+    if tokenize is None and not ours.is_file():
+        return Check("tokenizer", "integrity", False, reason="the artifact has no tokenizer.json")
+    expected = _plain(Tokenizer, student / "tokenizer.json")
+    if tokenize is None:
+        try:
+            shipped = _plain(Tokenizer, ours)
+        except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
+            if type(error) is not Exception:
+                raise
+            return Check("tokenizer", "integrity", False, reason=f"tokenizer.json does not load: {error}")
+        tokenize = lambda text: shipped.encode(text).ids  # noqa: E731
+    wrong = [text for text in NASTY_TEXTS if list(tokenize(text)) != expected.encode(text).ids]
+    if wrong:
+        reason = f"{len(wrong)} of {len(NASTY_TEXTS)} awkward texts give other ids than the student's tokenizer"
+    return Check("tokenizer", "integrity", not wrong, float(len(wrong)), 0.0, unit="texts", reason=reason,
+                 worst_input=repr(wrong[0])[:80] if wrong else None)  # fmt: skip
+
+
+def _check(name: str, passed: bool, value: float, limit: float, unit: str, reason: str, first: str | None) -> Check:
+    return Check(name, "integrity", passed, value, limit, unit=unit, reason=reason, first_tensor=first)
+
+
+def _plain(tokenizer_class: Any, path: Path) -> Any:
+    tokenizer = tokenizer_class.from_file(str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _judge(payload: Any, tensor: Any, weight: Floats) -> tuple[str, float]:
+    """What is wrong with one stored tensor, and its share of the bound."""
+    if tensor.grid not in GRID_LIMITS:
+        return f"no rounding bound is known for the grid {tensor.grid!r}", np.inf
+    try:
+        decoded = payload.decode(tensor)
+    except (EdgestillError, KeyError, ValueError, IndexError) as error:
+        return f"it can't be read back: {error}", np.inf
+    if decoded.shape != weight.shape:
+        return f"it is stored as {list(decoded.shape)}, the student has {list(weight.shape)}", np.inf
+    found = weight_error(tensor.grid, weight, decoded)
+    return f"{found.what} is {min(found.worst, 1e9):.3g} times what {tensor.grid} allows", found.worst
+
+
+def _changes_nothing(weight: Floats) -> bool:
+    """A scale of ones or an offset of zeros."""
+    return weight.ndim == 1 and bool((weight == 1).all() or (weight == 0).all())
+
+
+def _steps(magnitude: npt.NDArray[np.float64], limit: GridLimit) -> npt.NDArray[np.float64]:
+    """The step of each weight's block, in the weight's shape."""
+    divisor = (1 << limit.bits - 1) - 1
+    if limit.block < 0:
+        return np.full_like(magnitude, magnitude.max(initial=0) / divisor)
+    if limit.block == 0:
+        rows = magnitude.reshape(len(magnitude), -1)
+        return np.broadcast_to(rows.max(axis=1)[:, None], rows.shape).reshape(magnitude.shape) / divisor
+    columns = magnitude.shape[-1]
+    rows = magnitude.reshape(-1, columns)
+    padded = np.pad(rows, ((0, 0), (0, -columns % limit.block)))
+    tops = padded.reshape(len(rows), -1, limit.block).max(axis=2)
+    return np.repeat(tops, limit.block, axis=1)[:, :columns].reshape(magnitude.shape) / divisor
+
+
+def _student_weights(path: Path) -> Any:
+    try:
+        import safetensors
+    except ModuleNotFoundError:
+        raise MissingDependency.package("safetensors", "distill") from None
+    return safetensors.safe_open(path, framework="numpy")
+
+
+def _natural(name: str) -> list[Any]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]

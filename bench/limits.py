@@ -1,0 +1,186 @@
+"""The limits that a verdict uses, each with its reason: one table for weights, one for *faithful*, one for *loss*.
+
+*Faithful* limits are tight: they bound what is left between an artifact in its runtime and torch running the same
+stored weights with the same activation quantisation, that is the order of summation, half precision inside kernels,
+and codes that round the other way. *Loss* ceilings are wide: they reject garbage, and a recipe's gates say what is
+good enough. Figures in the reasons were measured on MiniLM-L6 and SmolLM2-135M, with and without a defect put in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ..artifact import Format, Manifest, StoredTensor
+
+__all__ = [
+    "GRID_LIMITS",
+    "Activation",
+    "Ceiling",
+    "Faithful",
+    "GridLimit",
+    "Noise",
+    "activation_of",
+    "ceiling_for",
+    "faithful_for",
+]
+
+Activation = Literal["none", "float16", "float16-in", "uint8-tensor", "int8-b32", "q8_0", "q8_k"]
+
+
+@dataclass(frozen=True)
+class GridLimit:
+    """How far a stored weight may lie from the float one, in steps of its grid.
+
+    The step of a block is its largest magnitude over ``2**(bits-1) - 1``, the coarsest that a sane quantiser uses.
+    ``largest`` bounds every weight, ``rms`` the root mean square over a tensor (rounding alone gives 0.29). ``block``
+    0 is a row, -1 the tensor. Where ``bits`` is 0 the grid is floating point and ``relative`` bounds the error
+    against the weight itself (beside ``absolute``, for subnormal numbers).
+    """
+
+    bits: int = 0
+    block: int = 0
+    largest: float = 1.1
+    rms: float = 0.5
+    relative: float = 0.0
+    absolute: float = 0.0
+
+
+_HALF = GridLimit(relative=2**-11 * 1.001, absolute=2**-25)
+_BRAIN = GridLimit(relative=2**-8)
+_EXACT = GridLimit()
+
+
+def _searched(bits: int, block: int) -> GridLimit:
+    """A GGML type whose scales are searched for the least squared error, so that extremes may be clipped."""
+    return GridLimit(bits, block, largest=4.0, rms=0.75)
+
+
+GRID_LIMITS: Mapping[str, GridLimit] = {
+    "float32": _EXACT, "f32": _EXACT, "float16": _HALF, "f16": _HALF, "bfloat16": _BRAIN, "bf16": _BRAIN,
+    "int8": GridLimit(7, -1),  # ONNX MatMulInteger: a scale a tensor or a row, 7 or 8 bits
+    "int8-b32": GridLimit(8, 32), "int4-b32": GridLimit(4, 32),
+    "int8-channel": GridLimit(8, 0), "int8-c": GridLimit(8, 0), "int4-channel": GridLimit(4, 0),
+    "q8_0": GridLimit(8, 32), "q5_0": GridLimit(5, 32), "q5_1": GridLimit(5, 32), "q4_0": GridLimit(4, 32),
+    "q4_1": GridLimit(4, 32), "iq4_nl": _searched(4, 32), "iq4_xs": _searched(4, 32), "q2_k": _searched(2, 16),
+    "q3_k": _searched(3, 16), "q4_k": _searched(4, 32), "q5_k": _searched(5, 32), "q6_k": _searched(6, 16),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What noise in the last bits does to the dequantised student itself: ``mean`` and ``largest`` divergence (KL in
+    nats, or 1 − cosine), and the share of first choices that change. Codes that sit on an edge round the other way and
+    the difference grows from layer to layer, so this depends on the model, not only on the format."""
+
+    mean: float = 0.0
+    largest: float = 0.0
+    disagreement: float = 0.0
+
+
+@dataclass(frozen=True)
+class Faithful:
+    """Limits against the dequantised student: ``divergence`` is the mean KL (nats) or the largest 1 − cosine,
+    ``agreement`` the least share of equal first choices, ``parity`` bounds prefill against decode and a row alone
+    against the same row in a padded batch (largest KL or 1 − cosine). ``most`` is how far :meth:`for_noise` may go."""
+
+    divergence: float
+    agreement: float
+    parity: float
+    most: float
+    reason: str
+
+    def for_noise(self, noise: Noise) -> Faithful:
+        """Wider for a model that amplifies noise: 5 times what last-bit noise does, but never over ``most``.
+
+        The factor covers kernels that sum in another order in every layer; a defect in a single weight matrix is
+        some hundred times that.
+        """
+        own = 5 * max(noise.mean, 0.0)
+        if own <= self.divergence and 5 * noise.largest <= self.parity:
+            return self
+        return dataclasses.replace(
+            self,
+            divergence=max(self.divergence, min(own, self.most)),
+            parity=max(self.parity, min(5 * noise.largest, 20 * self.most)),
+            agreement=min(self.agreement, 1 - min(3 * noise.disagreement, 0.25)),
+            reason=f"{self.reason}; this model turns last-bit noise into {noise.mean:.2g}, 5 times that is allowed",
+        )
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Loss ceilings against the float student: mean KL, perplexity ratio, mean 1 − cosine; ``None``: not judged."""
+
+    kl: float
+    perplexity_ratio: float
+    cosine_distance: float
+    reason: str
+
+
+_FP32 = Faithful(1e-5, 0.99, 1e-5, 1e-4, "float32 on both sides: only the order of summation differs")
+_FP16 = Faithful(1e-3, 0.97, 2e-3, 5e-3, "half precision between the kernels: rounding of 2**-11 in every activation")
+_BLOCKS = Faithful(1e-3, 0.97, 2e-3, 2e-2, "activations in int8 blocks, as simulated")
+_DYNAMIC = Faithful(5e-3, 0.95, 1.0, 2e-2, "one activation range for a whole batch, as simulated; a row depends on "
+                    "the rows beside it")  # fmt: skip
+_LLAMA_FLOAT = Faithful(1e-4, 0.98, 1e-3, 1e-3, "float weights; key/value cache and GELU's table in float16")
+_LLAMA_CPP = Faithful(1e-3, 0.97, 2e-3, 2e-2, "activations in q8 blocks as simulated, key/value cache in float16")
+
+
+def faithful_for(manifest: Manifest, activations: frozenset[Activation]) -> Faithful:
+    """The limits of an artifact, by the coarsest activation that its weights bring with them."""
+    if "uint8-tensor" in activations:
+        return _DYNAMIC
+    if manifest.format == "gguf" and activations & {"q8_0", "q8_k"}:
+        return _LLAMA_CPP
+    if manifest.format == "gguf":
+        return _LLAMA_FLOAT
+    if "int8-b32" in activations:
+        return _BLOCKS
+    if manifest.format == "coreml" or activations & {"float16", "float16-in"}:
+        return _FP16
+    return _FP32
+
+
+def activation_of(form: Format, tensor: StoredTensor) -> Activation:
+    """What the runtime does to the input of a matrix product with this stored weight.
+
+    ONNX: MatMulInteger takes uint8 with one range a tensor (DynamicQuantizeLinear), MatMulNBits at accuracy level 4
+    int8 in blocks of its own block size, fp16 graphs round input and output. llama.cpp converts the input to the
+    weight type's ``vec_dot_type`` (ggml-cpu.c): q8_0 for the 32-wide types, q8_K for the 256-wide, fp16 for f16.
+    Core ML decompresses weights before it computes, in fp16.
+    """
+    grid = tensor.grid
+    if form == "onnx":
+        if grid == "int8":
+            return "uint8-tensor"
+        if grid.startswith("int"):
+            return "int8-b32"
+        return "float16" if grid == "float16" else "none"
+    if form == "gguf":
+        if grid in ("f32", "bf16"):
+            return "none"
+        if grid == "f16":
+            return "float16-in"
+        return "q8_k" if grid.endswith("_k") or grid == "iq4_xs" else "q8_0"
+    return "float16" if form == "coreml" else "none"
+
+
+_CEILINGS: tuple[tuple[tuple[str, ...], Ceiling], ...] = (
+    (("fp32", "f32"), Ceiling(1e-4, 1.001, 1e-4, "nothing is quantised")),
+    (("fp16", "f16", "bf16"), Ceiling(0.01, 1.02, 1e-3, "float16 costs about 1e-5 nats")),
+    (("q8_0", "int8"), Ceiling(0.1, 1.15, 0.02, "8-bit blocks cost about 0.005 nats")),
+    (("q6_k", "q5_k_m", "q5_0", "q5_1"), Ceiling(0.2, 1.3, 0.03, "5 and 6 bits cost about 0.02 nats")),
+    (("q4_k_m", "q4_k_s"), Ceiling(0.5, 1.6, 0.06, "4-bit K-quants cost about 0.05 nats")),
+    (("q4_0", "q4_1", "iq4_nl", "int4"), Ceiling(1.0, 2.5, 0.1, "4-bit blocks cost about 0.4 nats on a 135M model")),
+    (("int8-dynamic", "int8-dynamic-per-channel"), Ceiling(1.5, 4.0, 0.1, "dynamic int8 costs about 0.6 nats; the "
+     "saturating one 13.7")),
+)  # fmt: skip
+_WIDEST = Ceiling(2.0, 6.0, 0.2, "unknown quantisation: only garbage is refused")
+
+
+def ceiling_for(quantisation: str) -> Ceiling:
+    """The default ceilings of a quantisation."""
+    return next((ceiling for names, ceiling in _CEILINGS if quantisation in names), _WIDEST)

@@ -1,0 +1,152 @@
+"""Accuracy on labelled text: the labels that a classifier gives, or a linear probe on embeddings.
+
+The probe is fitted anew on each artifact's own embeddings of the training texts, since that is what an app does which
+ships the artifact: an embedding that is turned or scaled as a whole costs nothing, one that lost information does. It
+is plain logistic regression on the raw embeddings, C = 1, as in MTEB (Muennighoff et al., 2023), deterministic.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import BadInput
+from ..progress import Progress, silent
+from .fidelity import Estimate, expected_calibration_error, mean_estimate
+from .records import Summary
+from .reference import make_reference, read_facts
+from .statistics import bootstrap_interval
+
+if TYPE_CHECKING:
+    from ..data import LabelledSet
+
+__all__ = ["accuracy_ratio", "fit_probe", "make_task_reference", "predict_probe", "task_estimates"]
+
+Array = npt.NDArray[Any]
+Doubles = npt.NDArray[np.float64]
+
+
+def make_task_reference(
+    model: Path,
+    out: Path,
+    data: LabelledSet,
+    *,
+    max_length: int | None = None,
+    ids_from: Path | None = None,
+    batch_size: int = 8,
+    threads: int = 2,
+    progress: Progress = silent,
+) -> Path:
+    """The reference of ``model`` on a labelled set: training texts first (embeddings only), then test texts.
+
+    Labels stand in ``reference.json``, so that :func:`task_estimates` needs nothing else. Otherwise as
+    :func:`edgestill.bench.reference.make_reference`.
+    """
+    from ..checkpoints import open_model
+
+    probes = open_model(model).task == "feature-extraction"
+    train = data.train if probes else ()
+    if probes and not train:
+        raise BadInput(f"{data.name}: a probe needs training examples", hint="set `train` in the [[data.task]]")
+    rows = [*train, *data.test]
+    extra = {"data": data.name, "labels": [label for _, label in rows], "classes": list(data.labels),
+             "train": len(train)}  # fmt: skip
+    texts = [text for text, _ in rows] if ids_from is None else []
+    return make_reference(
+        model, out, texts=texts, ids_from=ids_from, max_length=max_length, batch_size=batch_size, threads=threads,
+        extra=extra, progress=progress,
+    )  # fmt: skip
+
+
+def task_estimates(
+    outputs: Array, reference: Path, *, teacher_outputs: Array | None = None, seed: int = 0
+) -> list[Estimate]:
+    """``accuracy`` (and ``ece`` of a classifier) of an artifact's ``outputs`` on the rows of a task reference.
+
+    ``outputs [N, …]`` are the ``embeddings`` or ``logits`` that ``score()`` gave; with the teacher's on the same rows
+    also ``accuracy_ratio``, whose interval draws the same examples for both.
+    """
+    facts = read_facts(reference)
+    extra = facts["extra"]
+    labels = np.asarray(extra["labels"])[np.asarray(facts["documents"])]
+    train = int(np.sum(np.asarray(facts["documents"]) < extra["train"]))
+    if len(outputs) != len(labels):
+        raise BadInput(f"{len(outputs)} outputs for {len(labels)} labels", hint="score the same reference")
+    right = _right(facts["task"], outputs, labels, train, len(extra["classes"]))
+    protocol = {"train_examples": train, "classes": len(extra["classes"])}
+    if facts["task"] == "feature-extraction":
+        protocol["probe"] = "logistic regression, C = 1, fitted on the artifact's own embeddings"
+    estimates = [mean_estimate("accuracy", right, seed=seed, protocol=protocol)]
+    if teacher_outputs is not None:
+        teacher = _right(facts["task"], teacher_outputs, labels, train, len(extra["classes"]))
+        estimates.append(accuracy_ratio(right, teacher, seed=seed))
+    if facts["task"] == "text-classification":
+        estimates.append(expected_calibration_error(outputs, labels, seed=seed))
+    return estimates
+
+
+def accuracy_ratio(right: Array, teacher: Array, *, seed: int = 0) -> Estimate:
+    """Accuracy over the teacher's, from what each got right ``[n]`` on the same examples; paired bootstrap."""
+    if not np.any(teacher):
+        raise BadInput("the teacher gets no example right: there is no ratio", hint="check the labels of the task")
+
+    def ratio(drawn: Array) -> Array:
+        means = drawn.mean(axis=1)
+        return np.asarray(np.divide(means[:, 0], means[:, 1], out=np.ones(len(means)), where=means[:, 1] > 0))
+
+    pairs = np.stack([right, teacher], axis=1).astype(np.float64)
+    value = float(pairs[:, 0].mean() / pairs[:, 1].mean())
+    low, high = bootstrap_interval(pairs, ratio, seed=seed) if len(pairs) > 1 else (None, None)
+    protocol = {"derived_from": "accuracy of both on the same examples", "teacher_accuracy": float(pairs[:, 1].mean())}
+    return Estimate("accuracy_ratio", Summary(value, "derived", len(pairs), low, high), (), protocol)
+
+
+def fit_probe(x: Array, y: Array, classes: int, *, c: float = 1.0) -> tuple[Doubles, Doubles]:
+    """Logistic regression ``min ½‖W‖² + C Σ loss``, intercept not penalised: ``W [K, D]`` and ``b [K]``.
+
+    Two classes: one sigmoid (``K = 1``); more: softmax (``K = classes``). L-BFGS from zero in float64, so the same
+    data give the same probe.
+    """
+    from scipy.optimize import minimize
+
+    features = np.asarray(x, np.float64)
+    count, width = features.shape
+    rows = 1 if classes == 2 else classes
+    targets = np.eye(classes)[y][:, -1:] if rows == 1 else np.eye(classes)[y]
+
+    def objective(flat: Doubles) -> tuple[float, Doubles]:
+        weight, bias = flat[: rows * width].reshape(rows, width), flat[rows * width :]
+        scores = features @ weight.T + bias
+        if rows == 1:
+            probabilities = 1 / (1 + np.exp(-np.clip(scores, -500, 500)))
+            loss = float(np.sum(np.logaddexp(0, scores) - targets * scores))
+        else:
+            top = scores.max(axis=1, keepdims=True)
+            total = np.log(np.exp(scores - top).sum(axis=1, keepdims=True)) + top
+            probabilities = np.exp(scores - total)
+            loss = float(np.sum(total) - np.sum(scores * targets))
+        difference = probabilities - targets
+        slope = np.concatenate([(weight + c * difference.T @ features).ravel(), c * difference.sum(axis=0)])
+        return c * loss + 0.5 * float(np.sum(weight**2)), slope
+
+    start = np.zeros(rows * width + rows)
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 1000, "ftol": 1e-12})
+    return found.x[: rows * width].reshape(rows, width), found.x[rows * width :]
+
+
+def predict_probe(x: Array, probe: tuple[Doubles, Doubles]) -> npt.NDArray[np.int64]:
+    """Classes ``[N]`` by a probe from :func:`fit_probe`."""
+    scores = np.asarray(x, np.float64) @ probe[0].T + probe[1]
+    return np.asarray((scores[:, 0] > 0) if scores.shape[1] == 1 else scores.argmax(axis=1), np.int64)
+
+
+def _right(task: str, outputs: Array, labels: Array, train: int, classes: int) -> npt.NDArray[np.bool_]:
+    if task == "text-classification":
+        if outputs.shape[1] < classes:
+            raise BadInput(f"{outputs.shape[1]} logits for {classes} labels", hint="the task is not the model's")
+        return np.asarray(outputs.argmax(axis=1) == labels)
+    probe = fit_probe(outputs[:train], labels[:train], classes)
+    return np.asarray(predict_probe(outputs[train:], probe) == labels[train:])
