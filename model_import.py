@@ -29,7 +29,17 @@ from .errors import BadInput, MissingDependency, Unsupported
 from .files import atomic_directory, read_json, safe_join
 from .progress import Progress, silent
 
-__all__ = ["prepare_model"]
+__all__ = [
+    "SourceFacts",
+    "check_tokenizer",
+    "find_weights",
+    "gguf_inside",
+    "infer_task",
+    "license_of",
+    "prepare_model",
+    "read_source_facts",
+    "spdx",
+]
 
 # Where a checkpoint's weights may lie, best first.
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
@@ -45,7 +55,7 @@ _PROBES = (
 
 
 @dataclass(frozen=True)
-class _Facts:
+class SourceFacts:
     """What a source folder says beyond config and weights. ``root`` is the folder that holds config.json."""
 
     root: Path
@@ -71,7 +81,7 @@ def prepare_model(
     """
     if not source.exists():
         raise BadInput(f"{source} does not exist", hint="pass a Transformers folder or a .gguf file")
-    if gguf := _gguf_inside(source):
+    if gguf := gguf_inside(source):
         from .gguf_import import import_gguf
 
         if task not in (None, "text-generation"):
@@ -82,7 +92,8 @@ def prepare_model(
     return _prepare_folder(source, out, task, license, progress)
 
 
-def _gguf_inside(source: Path) -> Path | None:
+def gguf_inside(source: Path) -> Path | None:
+    """The GGUF file that ``source`` is, or that the folder ``source`` holds as its only model."""
     if source.is_file():
         with source.open("rb") as stream:
             return source if source.suffix == ".gguf" or stream.read(4) == b"GGUF" else None
@@ -95,14 +106,14 @@ def _gguf_inside(source: Path) -> Path | None:
 
 
 def _prepare_folder(source: Path, out: Path, task: str | None, license: str | None, progress: Progress) -> ModelFolder:
-    facts = _read_facts(source)
+    facts = read_source_facts(source)
     config = read_config(facts.root)
     row = find_architecture(config, facts.root)
-    chosen = _infer_task(config, row, facts, task)
+    chosen = infer_task(config, row, facts, task)
     find_architecture(config, facts.root, chosen)
     if chosen == "feature-extraction" and facts.pooling is None:
         facts = replace(facts, pooling="mean")
-    files, header = _find_weights(facts.root)
+    files, header = find_weights(facts.root)
     try:
         from . import torch_models
     except ModuleNotFoundError as error:
@@ -121,7 +132,7 @@ def _prepare_folder(source: Path, out: Path, task: str | None, license: str | No
     described = ModelFolder(
         path=out, config={}, architecture=config["model_type"], task=chosen, pooling=pooling,  # type: ignore[arg-type]
         normalize=facts.normalize and pooling is not None, max_length=min(longest), vocab_size=0, layers=0,
-        hidden_size=0, license=license or facts.license or _license_of(source, config), labels=(), parameters=0,
+        hidden_size=0, license=license or facts.license or license_of(source, config), labels=(), parameters=0,
         size_bytes=0, prompt_prefix=facts.prompt_prefix,
     )  # fmt: skip
     progress("writing the model folder", 0.7)
@@ -142,12 +153,12 @@ def check_tokenizer(before: Any, after: Any, source: Path) -> None:
             )
 
 
-def _read_facts(source: Path) -> _Facts:
+def read_source_facts(source: Path) -> SourceFacts:
     """Facts from an edgestill folder, a sentence-transformers folder or, with none of them, nothing."""
     if (source / FACTS_FILE).is_file():
         own = read_json(source / FACTS_FILE)
         names = ("pooling", "normalize", "max_length", "prompt_prefix", "task", "license")
-        return _Facts(source, **{name: own[name] for name in names if own.get(name) is not None})
+        return SourceFacts(source, **{name: own[name] for name in names if own.get(name) is not None})
     pooling_folder, root, normalize = source / "1_Pooling", source, False
     if (source / "modules.json").is_file():
         try:
@@ -169,12 +180,12 @@ def _read_facts(source: Path) -> _Facts:
         pooling_folder = safe_join(source, modules[1][1])
         normalize = "Normalize" in kinds
     elif not pooling_folder.is_dir():
-        return _Facts(source)
+        return SourceFacts(source)
     limits = read_json(root / "sentence_bert_config.json") if (root / "sentence_bert_config.json").is_file() else {}
     settings = source / "config_sentence_transformers.json"
     own = read_json(settings) if settings.is_file() else {}
     prompts = own.get("prompts") or {}
-    return _Facts(
+    return SourceFacts(
         root=root,
         pooling=_pooling(read_json(pooling_folder / "config.json"), source),
         normalize=normalize,
@@ -198,7 +209,7 @@ def _pooling(config: Mapping[str, Any], source: Path) -> Pooling:
     return found[0]  # type: ignore[return-value]
 
 
-def _infer_task(config: Mapping[str, Any], row: Architecture, facts: _Facts, asked: str | None) -> str:
+def infer_task(config: Mapping[str, Any], row: Architecture, facts: SourceFacts, asked: str | None) -> str:
     """The task asked for, or what the folder says, or what the class in ``architectures`` is for."""
     if asked or facts.task:
         return str(asked or facts.task)
@@ -236,7 +247,7 @@ def _check_labels(config: Mapping[str, Any], where: Path) -> None:
         raise Unsupported(f"{where}: a classifier with {len(names)} label", hint="two labels or more are needed")
 
 
-def _find_weights(root: Path) -> tuple[list[Path], dict[str, TensorHeader]]:
+def find_weights(root: Path) -> tuple[list[Path], dict[str, TensorHeader]]:
     """The files that hold the weights, and what their headers say (empty for torch files)."""
     header: dict[str, TensorHeader] = {}
     for name in (*_SAFETENSORS, *_TORCH_FILES):
@@ -295,7 +306,7 @@ def _tokenizer_limit(tokenizer: Any) -> int:
     return int(limit) if 0 < limit < 1 << 30 else 1 << 30
 
 
-def _license_of(source: Path, config: Mapping[str, Any]) -> str | None:
+def license_of(source: Path, config: Mapping[str, Any]) -> str | None:
     """The SPDX id in the model card's front matter, or in the config."""
     card = source / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""

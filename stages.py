@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from .errors import UsageError
 from .files import atomic_write, hash_json, hash_tree, read_json
@@ -41,7 +41,6 @@ class StageRecord:
 
     input_hash: str
     output_hash: str
-    status: Literal["done", "failed"]
     seconds: float
     finished: str
     outputs: tuple[str, ...] = ()
@@ -62,6 +61,12 @@ class Observer:
 
     def unchanged(self, name: str, title: str, note: str) -> None:
         """A stage need not run: its input is the same and its output is whole."""
+
+    def failed(self, name: str, reason: str) -> None:
+        """A stage failed for one artifact; the others go on."""
+
+
+Intact = Callable[[Mapping[str, Any]], bool]
 
 
 @functools.cache
@@ -124,14 +129,14 @@ class RunFolder:
         """What is known of each stage, in the order in which they ended."""
         return dict(self._records)
 
-    def is_done(self, name: str, inputs: Mapping[str, Any]) -> bool:
-        """Whether ``name`` need not run: same input, and its outputs still hash right."""
+    def is_done(self, name: str, inputs: Mapping[str, Any], intact: Intact | None = None) -> bool:
+        """Whether ``name`` need not run: same input, and its outputs still hash right (and are ``intact``)."""
         record = self._records.get(name)
         return (
             record is not None
-            and record.status == "done"
             and record.input_hash == _input_hash(inputs)
             and record.output_hash == self._output_hash(record.outputs)
+            and (intact is None or intact(record.facts))
         )
 
     def stage(
@@ -139,16 +144,20 @@ class RunFolder:
         name: str,
         inputs: Mapping[str, Any],
         action: Callable[[], Mapping[str, Any] | None],
-        outputs: Sequence[str] | Callable[[], Sequence[str]] = (),
+        outputs: Sequence[str] = (),
         title: str = "",
+        *,
+        always: bool = False,
+        intact: Intact | None = None,
     ) -> Mapping[str, Any]:
         """Run ``action`` unless :meth:`is_done`, record it, and return its facts.
 
-        ``inputs`` is everything that decides the outcome, JSON-able; ``outputs`` are paths relative to the folder
-        (or a function that lists them afterwards). A fact called ``note`` is shown to the user.
+        ``inputs`` is everything that decides the outcome, JSON-able; ``outputs`` are paths relative to the folder.
+        ``intact`` takes the facts of the last time and says whether what they speak of is still whole, for outputs
+        that move. ``always`` is for what keeps its own cache. A fact called ``note`` is shown to the user.
         """
         title = title or name
-        if self.is_done(name, inputs):
+        if not always and self.is_done(name, inputs, intact):
             self.skipped.append(name)
             record = self._records[name]
             self.observer.unchanged(name, title, str(record.facts.get("note", "")))
@@ -156,15 +165,13 @@ class RunFolder:
         self.observer.started(name, title)
         began = time.monotonic()
         facts = action() or {}
-        written = tuple(outputs() if callable(outputs) else outputs)
-        self._records.pop(name, None)
+        self._records.pop(name, None)  # the order of the file is the order of work
         self._records[name] = record = StageRecord(
             input_hash=_input_hash(inputs),
-            output_hash=self._output_hash(written),
-            status="done",
+            output_hash=self._output_hash(outputs),
             seconds=round(time.monotonic() - began, 3),
             finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            outputs=written,
+            outputs=tuple(outputs),
             facts=facts,
         )
         self._write()

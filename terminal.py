@@ -58,6 +58,11 @@ class TerminalObserver(Observer):
         """Say that nothing was to do."""
         self._line("[cyan]=[/]", title, note, "unchanged")
 
+    def failed(self, name: str, reason: str) -> None:
+        """Say in red what failed."""
+        self.close()
+        self._line("[red]✘[/]", name, reason, "failed")
+
     def close(self) -> None:
         """Take the bar away (also after an error)."""
         if self._bar is not None:
@@ -84,11 +89,13 @@ def print_error(error: BaseException, console: Console = stderr) -> None:
         console.print(f"[bold]hint:[/]  {_escape(hint)}", soft_wrap=True)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], console: Console = stderr) -> None:
-    """A table: the first column on the left, the others to the right."""
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, text: int = 1, console: Console = stderr
+) -> None:
+    """A table: the first ``text`` columns are text, on the left; the others are numbers, to the right."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1), header_style="dim")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if index < text else "right", overflow="fold")
     for row in rows:
         table.add_row(*[_escape("—" if cell is None else str(cell)) for cell in row])
     console.print(table)

@@ -1,0 +1,279 @@
+"""Single steps of the main job as commands of their own: fetch, export, verify, bench."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .artifact import ARTIFACT_FILE, open_artifact
+from .bench.compare import Comparison, compare
+from .bench.environment import describe_environment
+from .bench.records import Measurement, Verdict
+from .bench.sample_text import SAMPLE_TEXT
+from .delivery import RunResult
+from .errors import BadInput, UsageError
+from .fetch import Fetched, fetch, parse_address
+from .pipeline import Run
+from .recipe import BenchConfig, DataConfig, ExportConfig, Recipe, TeacherConfig, TextConfig, find_recipe, load_recipe
+from .stages import Observer, RunFolder
+
+if TYPE_CHECKING:
+    from .checkpoints import ModelFolder
+
+__all__ = [
+    "BenchRequest",
+    "BenchResult",
+    "ExportRequest",
+    "ExportResult",
+    "VerifyRequest",
+    "VerifyResult",
+    "bench_subjects",
+    "export_verified",
+    "fetch_all",
+    "text_config",
+    "verify_artifact",
+]
+
+# Examples that a text given on the command line is judged on.
+_EXAMPLES = 64
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """Export ``model`` to each of ``to`` (``FORMAT:QUANTISATION``) into ``out/artifacts``, judged on ``text``."""
+
+    model: Path
+    to: tuple[str, ...]
+    out: Path = Path("artifacts")
+    text: Path | None = None
+    context_length: int | None = None
+    threads: int = 2
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The run behind an export: its artifacts with their verdicts."""
+
+    run: RunResult
+    exit_code: int
+    schema_version: int = 1
+
+
+@dataclass(frozen=True)
+class VerifyRequest:
+    """Judge ``artifact`` against the model that it was made from."""
+
+    artifact: Path
+    against: Path
+    teacher: Path | None = None
+    text: Path | None = None
+    threads: int = 2
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """A verdict; ``exit_code`` is 1 when a check failed."""
+
+    verdict: Verdict
+    exit_code: int
+    schema_version: int = 1
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """Measure ``subjects`` (artifact or model folders); the first one is the baseline."""
+
+    subjects: tuple[Path, ...]
+    threads: int = 2
+    length: int = 128
+    new_tokens: int = 32
+    launches: int = 3
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What was measured, and each subject against the first."""
+
+    measurements: tuple[Measurement, ...]
+    comparisons: tuple[Comparison, ...]
+    schema_version: int = 1
+
+
+def fetch_all(name: str, sha256: str | None, observer: Observer) -> list[Fetched]:
+    """Fetch an address, or everything that a recipe names."""
+    if not name.endswith(".toml") and ":" in name and parse_address(name).scheme != "file":
+        return [fetch(name, sha256=sha256, progress=observer.advanced)]
+    path = find_recipe(name)
+    recipe = load_recipe(path)
+    sources = [recipe.teacher, *recipe.data.text, *recipe.data.task]
+    found = []
+    for source in {source.source: source for source in sources}.values():
+        observer.started(source.source, source.source)
+        found.append(fetch(source.source, sha256=source.sha256, base=path.resolve().parent, progress=observer.advanced))
+        observer.finished(source.source, 0.0, str(found[-1].path))
+    return found
+
+
+def text_config(path: Path, **counts: int) -> TextConfig:
+    """A ``[[data.text]]`` for a file given on the command line."""
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist", hint="pass a jsonl, csv, parquet or txt file")
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in path.stem).strip("._-")[:64] or "text"
+    return TextConfig.model_validate({"name": name, "source": str(path.resolve()), **counts})
+
+
+def export_verified(request: ExportRequest, observer: Observer) -> ExportResult:
+    """Export a model as it is; every artifact is verified in the runtime that loads it, a bad one quarantined."""
+    if not request.to:
+        raise UsageError("nothing to export to", hint="--to onnx:int8,gguf:q4_k_m,coreml:int8")
+    if not request.model.exists():
+        raise BadInput(f"{request.model} does not exist", hint="pass a Transformers folder or a GGUF file")
+    recipe = Recipe(
+        name="export",
+        teacher=TeacherConfig(source=str(request.model.resolve())),
+        data=DataConfig(text=(_fitting(request.text),) if request.text else ()),
+        export=tuple(_variant(to, request.context_length) for to in request.to),
+        bench=BenchConfig(threads=request.threads, tokens=1024, examples=_EXAMPLES),
+    )
+    with RunFolder(request.out, observer).locked() as folder:
+        result = Run(recipe, request.out / "recipe.toml", folder).until("verify")
+    return ExportResult(result, result.exit_code)
+
+
+def _variant(to: str, context_length: int | None) -> ExportConfig:
+    from pydantic import ValidationError
+
+    try:
+        return ExportConfig(to=to, context_length=context_length)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UsageError(f"--to {to}: {message}", hint="for example --to onnx:int8,gguf:q4_k_m,coreml:int8") from None
+
+
+def verify_artifact(request: VerifyRequest, observer: Observer) -> VerifyResult:
+    """Judge one artifact, of this tool or (then without the checks that need our weight map) of another."""
+    from .bench.reference import make_reference
+    from .bench.verify import VerifyOptions, verify
+
+    artifact = open_artifact(request.artifact, check=False)
+    name, texts = _texts(request.text)
+    with tempfile.TemporaryDirectory(prefix="edgestill-") as scratch:
+        work = Path(scratch)
+        observer.started("verify", f"verify {request.artifact.name}")
+        student = _model(request.against, work / "student", observer)
+        teacher = _model(request.teacher, work / "teacher", observer) if request.teacher else None
+        length = min(128, student.max_length, artifact.manifest.max_length)
+        limit = 1024 if student.task == "text-generation" else _EXAMPLES
+        own = make_reference(
+            student.path, work / "reference", texts=texts, max_length=length, window=length, limit=limit,
+            threads=request.threads, progress=observer.advanced,
+        )  # fmt: skip
+        theirs = None
+        if teacher is not None:
+            theirs = make_reference(
+                teacher.path, work / "teacher-reference", ids_from=own, threads=request.threads,
+                progress=observer.advanced,
+            )  # fmt: skip
+        verdict = verify(
+            request.artifact, student=student.path, references={name: own},
+            teacher_references={name: theirs} if theirs else None, work=work / "verify",
+            options=VerifyOptions(threads=request.threads), progress=observer.advanced,
+        )  # fmt: skip
+    return VerifyResult(verdict, 0 if verdict.passed else 1)
+
+
+def _texts(path: Path | None) -> tuple[str, tuple[str, ...]]:
+    """The name and the examples of a text given on the command line, or the sample that is built in."""
+    from .data import load_data
+
+    if path is None:
+        return "sample", SAMPLE_TEXT
+    config = _fitting(path)
+    return config.name, load_data(DataConfig(text=(config,)), base=Path.cwd()).text[0].test
+
+
+def _fitting(path: Path) -> TextConfig:
+    """``_EXAMPLES`` of a text given on the command line, or as many as it has: a short file is better than none."""
+    from .data import load_data
+
+    counts = (_EXAMPLES, 32, 16, 8, 4, 2, 1)
+    for count in counts:
+        config = text_config(path, test=count)
+        try:
+            load_data(DataConfig(text=(config,)), base=Path.cwd())
+        except BadInput:
+            if count == counts[-1]:
+                raise
+            continue
+        return config
+    raise AssertionError
+
+
+def _model(source: Path, out: Path, observer: Observer) -> ModelFolder:
+    """``source`` as a model folder: itself, or prepared in ``out``."""
+    from .checkpoints import FACTS_FILE, open_model, prepare_model
+
+    if (source / FACTS_FILE).is_file():
+        return open_model(source)
+    return prepare_model(source, out, progress=observer.advanced)
+
+
+def bench_subjects(request: BenchRequest, observer: Observer) -> BenchResult:
+    """Measure size, speed and memory of artifacts and model folders, interleaved, in fresh processes."""
+    from .bench.measure import Subject, measure_size, measure_speed, timed_input
+
+    subjects = []
+    names: dict[str, int] = {}
+    tasks: dict[str, str] = {}
+    longest = [request.length]
+    for path in request.subjects:
+        names[path.name] = names.get(path.name, 0) + 1
+        name = path.name if names[path.name] == 1 else f"{path.name}-{names[path.name]}"
+        if (path / ARTIFACT_FILE).is_file():
+            manifest = open_artifact(path).manifest
+            subjects.append(Subject(name, path, "artifact", None, manifest.artifact_id))
+            tasks[name] = manifest.task
+            longest.append(manifest.max_length)
+        else:
+            from .checkpoints import open_model
+
+            model = open_model(path)
+            subjects.append(Subject(name, path, "model", model.parameters, model.model_id))
+            tasks[name] = model.task
+            longest.append(model.max_length)
+    if len(set(tasks.values())) > 1:
+        shown = ", ".join(f"{name} is {task}" for name, task in tasks.items())
+        raise UsageError(f"subjects of different tasks: {shown}", hint="measure models of one task together")
+    config = BenchConfig(
+        threads=request.threads, length=request.length, new_tokens=request.new_tokens,
+        launches=1 if request.quick else request.launches, repeats=5 if request.quick else 30,
+        max_seconds=3.0 if request.quick else 10.0,
+    )  # fmt: skip
+    room = request.new_tokens if next(iter(tasks.values())) == "text-generation" else 0
+    length = min(longest) if min(longest) == request.length else max(1, min(longest) - room)
+    ids = timed_input(_sample_ids(request.subjects[0]), 1, length)
+    environment = describe_environment()
+    observer.started("bench", "measure")
+    rows = measure_size(subjects, environment=environment)
+    rows += measure_speed(
+        subjects, config, ids=ids, task=next(iter(tasks.values())), environment=environment, progress=observer.advanced
+    )
+    return BenchResult(tuple(rows), tuple(compare(rows, subjects[0].name)))
+
+
+def _sample_ids(folder: Path) -> list[list[int]]:
+    """The built-in sample as token ids of the first subject's own tokenizer."""
+    from .errors import MissingDependency
+
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise MissingDependency.package("tokenizers", "distill") from None
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise BadInput(f"{folder} has no tokenizer.json", hint="pass an artifact folder or a prepared model folder")
+    tokenizer: Any = Tokenizer.from_file(str(path))
+    return [tokenizer.encode(text).ids for text in SAMPLE_TEXT]

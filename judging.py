@@ -1,0 +1,315 @@
+"""The stages of a run that judge: references, verdicts, accuracy, labelled tasks, speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .artifact import Artifact, append_verdict, move_artifact
+from .bench.environment import describe_environment, device_label
+from .bench.records import Measurement, Verdict, read_measurements, verdict_from_json, write_measurements
+from .bench.sample_text import SAMPLE_TEXT
+from .files import atomic_write, hash_json, read_json
+from .recipe import ExportConfig, Recipe
+from .stages import RunFolder
+
+if TYPE_CHECKING:
+    from .bench.fidelity import Estimate
+    from .checkpoints import ModelFolder
+    from .data import DataSets
+    from .runtimes.session import SessionInfo
+
+__all__ = ["Judge", "Subjects", "read_all_measurements", "read_verdicts", "subject_names"]
+
+# Raised by one when what a stage writes changes although its input does not.
+VERSIONS = {"verify": 1, "accuracy": 1, "tasks": 1, "speed": 1}
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """The models of a run: ``student`` is the teacher itself when it is shipped as it is; ``cut`` the student before
+    training."""
+
+    teacher: ModelFolder
+    student: ModelFolder
+    cut: ModelFolder | None = None
+
+    def torch(self) -> dict[str, ModelFolder]:
+        """Those that torch runs, by the name that reports use."""
+        found = {"teacher": self.teacher}
+        if self.student.path != self.teacher.path:
+            found["student"] = self.student
+        if self.cut is not None:
+            found["untrained-cut"] = self.cut
+        return found
+
+
+class Judge:
+    """Judges what a run made, stage after stage, all in its run folder."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, subjects: Subjects, data: DataSets) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.subjects = subjects
+        self.data = data
+        self.progress = folder.observer.advanced
+        self.environment = describe_environment()
+        self.texts: dict[str, Sequence[str]] = {text.name: text.test for text in data.text if text.test}
+        if not self.texts:
+            self.texts = {"sample": SAMPLE_TEXT}
+
+    # ---- references ----------------------------------------------------------------------------------------------
+
+    def references(self, model: ModelFolder, name: str) -> dict[str, Path]:
+        """What ``model`` says about each held-out text, on the teacher's token ids. Made once, reused while whole."""
+        from .bench.reference import make_reference
+
+        bench = self.recipe.bench
+        limit = bench.tokens if self.subjects.teacher.task == "text-generation" else bench.examples
+        length = min(self.recipe.data.max_length, model.max_length)
+        found = {}
+        for text, examples in self.texts.items():
+            root = self.folder / "work/references" / text
+            if name == "teacher":
+                found[text] = make_reference(
+                    model.path, root / name, texts=examples, max_length=length, window=min(bench.window, length),
+                    limit=limit, threads=bench.threads, progress=self.progress,
+                )  # fmt: skip
+            else:
+                found[text] = make_reference(
+                    model.path, root / name, ids_from=root / "teacher", threads=bench.threads, progress=self.progress
+                )
+        return found
+
+    def _both(self) -> tuple[dict[str, Path], dict[str, Path]]:
+        """The references of student and teacher, as one stage."""
+        made: list[dict[str, Path]] = []
+
+        def action() -> Mapping[str, Any]:
+            made.append(self.references(self.subjects.teacher, "teacher"))
+            same = self.subjects.student.path == self.subjects.teacher.path
+            made.append(made[0] if same else self.references(self.subjects.student, "student"))
+            return {"note": ", ".join(self.texts)}
+
+        self.folder.stage("references", {}, action, title="ask teacher and student", always=True)
+        return made[1], made[0]
+
+    def _question(self) -> dict[str, Any]:
+        """What all figures of accuracy depend on beside their subject."""
+        bench = self.recipe.bench
+        return {
+            "teacher": self.subjects.teacher.model_id, "texts": hash_json({k: list(v) for k, v in self.texts.items()}),
+            "length": self.recipe.data.max_length, "window": bench.window, "tokens": bench.tokens,
+            "examples": bench.examples, "threads": bench.threads, "seed": bench.seed,
+        }  # fmt: skip
+
+    # ---- verdicts ------------------------------------------------------------------------------------------------
+
+    def verify(self, artifacts: Sequence[tuple[ExportConfig, Artifact]]) -> list[tuple[ExportConfig, Artifact]]:
+        """Judge every artifact; the failed ones are moved to ``quarantine/``. Returns those that passed."""
+        of_student, of_teacher = self._both()
+        passed = []
+        for config, artifact in artifacts:
+            source = self.subjects.teacher if config.of == "teacher" else self.subjects.student
+            own = of_teacher if config.of == "teacher" else of_student
+            verdict = self._verify(config.variant, artifact, source, own, of_teacher)
+            room = "artifacts" if verdict.passed else "quarantine"
+            if artifact.path.parent.name != room:
+                artifact = move_artifact(artifact, self.folder / room / config.variant)
+            if verdict.passed:
+                passed.append((config, artifact))
+        return passed
+
+    def _verify(
+        self, variant: str, artifact: Artifact, source: ModelFolder, own: dict[str, Path], teacher: dict[str, Path]
+    ) -> Verdict:
+        from .bench.fidelity import fidelity
+        from .bench.reference import read_facts
+        from .bench.verify import VerifyOptions, examine
+
+        result = f"work/verdicts/{variant}.json"
+        rows = f"work/accuracy/{variant}.jsonl"
+
+        def action() -> Mapping[str, Any]:
+            options = VerifyOptions(threads=self.recipe.bench.threads, device=device_label(self.environment))
+            found = examine(
+                artifact.path, student=source.path, references=own, teacher_references=teacher,
+                work=self.folder / "work/verify" / variant, subject=variant, options=options, progress=self.progress,
+            )  # fmt: skip
+            verdict = dataclasses.asdict(found.verdict)
+            measured: list[Measurement] = []
+            if found.info is not None and found.verdict.passed:
+                for (text, against), scores in found.scores.items():
+                    documents = read_facts((own if against == "student" else teacher)[text])["documents"]
+                    estimates = fidelity(source.task, scores, documents=documents, seed=self.recipe.bench.seed)
+                    measured += self._rows(
+                        estimates, variant, artifact.manifest.artifact_id, found.info, against=against, data=text
+                    )
+            write_measurements(self.folder / rows, measured)
+            append_verdict(artifact, verdict)
+            atomic_write(self.folder / result, json.dumps(verdict, indent=1) + "\n")
+            return {"note": self._short(found.verdict, measured)}
+
+        inputs = {
+            "version": VERSIONS["verify"], "artifact": artifact.manifest.artifact_id, "source": source.model_id,
+            **self._question(),
+        }  # fmt: skip
+        self.folder.stage(f"verify:{variant}", inputs, action, [result, rows], f"verify {variant}")
+        return verdict_from_json(read_json(self.folder / result))
+
+    def _rows(
+        self, estimates: Sequence[Estimate], subject: str, subject_id: str, info: SessionInfo, **context: Any
+    ) -> list[Measurement]:
+        return [
+            estimate.measurement(
+                subject=subject, artifact_id=subject_id, info=info, device=device_label(self.environment),
+                threads=self.recipe.bench.threads, environment=self.environment, **context,
+            )
+            for estimate in estimates
+        ]  # fmt: skip
+
+    def _short(self, verdict: Verdict, measured: Sequence[Measurement]) -> str:
+        if not verdict.passed:
+            return f"FAILED {verdict.note}"
+        from .bench.pick import HEADLINE
+
+        for metric in HEADLINE[self.subjects.teacher.task]:
+            shown = [
+                f"{row.summary.value:.4g} ({row.data})"
+                for row in measured
+                if row.metric == metric and row.against == "teacher" and row.summary
+            ]
+            if shown:
+                return f"{verdict.level.replace('_', ' ')}; {metric} to the teacher {', '.join(shown)}"
+        return verdict.level.replace("_", " ")
+
+    # ---- accuracy of what torch runs -----------------------------------------------------------------------------
+
+    def accuracy(self) -> None:
+        """Student and untrained cut, run by torch, against the teacher; the teacher's own perplexity."""
+        for name, model in self.subjects.torch().items():
+            self._accuracy(name, model)
+
+    def _accuracy(self, name: str, model: ModelFolder) -> None:
+        from .bench.fidelity import fidelity, reference_perplexity
+        from .bench.reference import read_facts
+        from .runtimes.scoring import open_reference
+        from .runtimes.session import SessionOptions
+        from .runtimes.transports.local import LocalWorker
+
+        rows = f"work/accuracy/{name}.jsonl"
+
+        def action() -> Mapping[str, Any]:
+            measured: list[Measurement] = []
+            references = self.references(self.subjects.teacher, "teacher")
+            with LocalWorker(model.path, SessionOptions(self.recipe.bench.threads)) as worker:
+                for text, reference in references.items():
+                    self.progress(f"{name} on {text}", None)
+                    documents = read_facts(reference)["documents"]
+                    scores = dict(worker.score(reference))
+                    if model.task == "feature-extraction":
+                        scores["reference_embeddings"] = open_reference(reference).said
+                    if name == "teacher":
+                        own = model.task == "text-generation"
+                        estimates = [reference_perplexity(scores, documents=documents)] if own else []
+                    else:
+                        estimates = fidelity(model.task, scores, documents=documents, seed=self.recipe.bench.seed)
+                    against = None if name == "teacher" else "teacher"
+                    measured += self._rows(estimates, name, model.model_id, worker.info(), against=against, data=text)
+            write_measurements(self.folder / rows, measured)
+            return {"note": ""}
+
+        inputs = {"version": VERSIONS["accuracy"], "model": model.model_id, **self._question()}
+        self.folder.stage(f"accuracy:{name}", inputs, action, [rows], f"accuracy of the {name}")
+
+    # ---- labelled tasks ------------------------------------------------------------------------------------------
+
+    def tasks(self, artifacts: Sequence[tuple[ExportConfig, Artifact]]) -> None:
+        """Accuracy on labelled data, of the torch models and of every artifact that passed."""
+        if not self.data.tasks:
+            return
+        subjects = {name: (model.path, model.model_id) for name, model in self.subjects.torch().items()}
+        subjects |= {config.variant: (a.path, a.manifest.artifact_id) for config, a in artifacts}
+        for name, (path, subject_id) in subjects.items():
+            self._tasks(name, path, subject_id)
+
+    def _tasks(self, name: str, path: Path, subject_id: str) -> None:
+        from .bench.tasks import run_tasks
+
+        rows = f"work/tasks/{name}.jsonl"
+
+        def action() -> Mapping[str, Any]:
+            measured = run_tasks()
+            write_measurements(self.folder / rows, measured)
+            return {"note": ""}
+
+        inputs = {
+            "version": VERSIONS["tasks"], "subject": subject_id, "tasks": [task.sha256 for task in self.data.tasks],
+            **self._question(),
+        }  # fmt: skip
+        self.folder.stage(f"tasks:{name}", inputs, action, [rows], f"tasks with {name}")
+
+    # ---- speed ---------------------------------------------------------------------------------------------------
+
+    def speed(self, artifacts: Sequence[tuple[ExportConfig, Artifact]]) -> None:
+        """Size, time and memory of everything that passed, interleaved, in fresh processes."""
+        from .bench.measure import Subject, measure_size, measure_speed, timed_input
+        from .bench.reference import inputs_of
+
+        bench = self.recipe.bench
+        subjects = [
+            Subject(name, model.path, "model", model.parameters, model.model_id)
+            for name, model in self.subjects.torch().items()
+            if name != "untrained-cut"  # as fast as the student
+        ]
+        subjects += [
+            Subject(config.variant, artifact.path, "artifact", self._parameters(config), artifact.manifest.artifact_id)
+            for config, artifact in artifacts
+        ]
+
+        def action() -> Mapping[str, Any]:
+            reference = next(iter(self.references(self.subjects.teacher, "teacher").values()))
+            inputs = inputs_of(reference)
+            examples = [ids[mask == 1].tolist() for ids, mask in zip(inputs.ids, inputs.mask, strict=True)]
+            longest = min([self.subjects.teacher.max_length, *(a.manifest.max_length for _, a in artifacts)])
+            ids = timed_input(examples, bench.batch_size, min(bench.length, longest))
+            rows = measure_size(subjects, environment=self.environment)
+            rows += measure_speed(
+                subjects, bench, ids=ids, task=self.subjects.teacher.task, environment=self.environment,
+                progress=self.progress,
+            )  # fmt: skip
+            write_measurements(self.folder / "work/speed.jsonl", rows)
+            return {"note": f"{len(subjects)} subjects, {bench.launches} launches each, interleaved"}
+
+        inputs = {
+            "version": VERSIONS["speed"], "subjects": {subject.name: subject.subject_id for subject in subjects},
+            "bench": bench.model_dump(mode="json"), **self._question(),
+        }  # fmt: skip
+        self.folder.stage("speed", inputs, action, ["work/speed.jsonl"], "measure speed and memory")
+
+    def _parameters(self, config: ExportConfig) -> int:
+        return (self.subjects.teacher if config.of == "teacher" else self.subjects.student).parameters
+
+
+def subject_names(recipe: Recipe) -> list[str]:
+    """Every subject that a run of ``recipe`` may have measured, in the order of reports."""
+    return ["teacher", "student", "untrained-cut", *(config.variant for config in recipe.export)]
+
+
+def read_verdicts(folder: Path, recipe: Recipe) -> list[Verdict]:
+    """The verdicts of a run, in the order of the recipe."""
+    paths = [folder / "work/verdicts" / f"{name}.json" for name in subject_names(recipe)]
+    return [verdict_from_json(read_json(path)) for path in paths if path.exists()]
+
+
+def read_all_measurements(folder: Path, recipe: Recipe) -> list[Measurement]:
+    """Everything that a run measured: size, speed and memory, then accuracy, then tasks, subject after subject."""
+    names = subject_names(recipe)
+    paths = [folder / "work/speed.jsonl"]
+    paths += [folder / "work" / room / f"{name}.jsonl" for room in ("accuracy", "tasks") for name in names]
+    rows = [row for path in paths if path.exists() for row in read_measurements(path)]
+    return [row for row in rows if row.subject in names]

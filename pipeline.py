@@ -1,0 +1,290 @@
+"""The main job: a recipe in, one run folder out. Each stage is skipped when nothing that it depends on has changed.
+
+::
+
+    fetch -> teacher -> data -> student -> references -> export -> verify -> accuracy -> speed -> report
+
+    runs/NAME/
+      recipe.toml  run.json  measurements.jsonl  report.html  MODEL_CARD.md
+      teacher/  student/           model folders
+      artifacts/VARIANT/           verified artifacts
+      quarantine/VARIANT/          artifacts that failed
+      work/                        references, checkpoints, results of single stages; may be removed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .artifact import Artifact, open_artifact
+from .delivery import RunResult, deliver
+from .errors import EdgestillError, MissingDependency, ResourceExhausted, UsageError, nearest
+from .files import atomic_write, hash_json
+from .judging import Judge, Subjects
+from .recipe import ExportConfig, Recipe, find_recipe, load_recipe
+from .recipe_text import dump_recipe
+from .stages import Observer, RunFolder, usable_threads
+
+if TYPE_CHECKING:
+    from .checkpoints import ModelFolder
+    from .data import DataSets
+
+__all__ = ["STAGES", "RunConfig", "rebuild_report", "run_recipe"]
+
+# Where `--until` can stop, in order.
+STAGES = ("fetch", "teacher", "student", "export", "verify", "bench", "report")
+SPLITS: tuple[Literal["train", "calibration", "dev", "test"], ...] = ("train", "calibration", "dev", "test")
+# Raised by one when what a stage writes changes although its input does not.
+VERSIONS = {"teacher": 1, "student": 1, "export": 1}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What to run: a recipe file (or the name of a shipped one), the folder of run folders, where to stop."""
+
+    recipe: str | Path
+    runs: Path = Path("runs")
+    until: str | None = None
+
+
+def run_recipe(config: RunConfig, observer: Observer | None = None) -> RunResult:
+    """Run a recipe and return what came out; the same call again goes on where the last one stopped.
+
+    A failed artifact or gate does not stop the others: it is in the result, whose ``exit_code`` says so. Raises what
+    the rooms raise (:mod:`edgestill.errors`) when the run itself can't go on; what was done is kept.
+    """
+    if config.until is not None and config.until not in STAGES:
+        raise UsageError(f"no stage {config.until!r}", hint=nearest(config.until, STAGES))
+    path = find_recipe(config.recipe)
+    recipe = load_recipe(path)
+    with RunFolder(config.runs / recipe.name, observer).locked() as folder:
+        return Run(recipe, path, folder).until(config.until or STAGES[-1])
+
+
+def rebuild_report(folder: Path) -> Path:
+    """Write ``report.html`` and ``MODEL_CARD.md`` of a finished run folder anew; returns the report's path."""
+    if not (folder / "run.json").is_file():
+        raise UsageError(f"{folder} is not a run folder", hint="pass a folder that `edgestill run` wrote")
+    recipe = load_recipe(folder / "recipe.toml")
+    with RunFolder(folder).locked() as opened:
+        missing = [name for name in ("teacher", "speed") if name not in opened.records()]
+        if missing:
+            raise UsageError(f"{folder} is not finished: no {missing[0]} yet", hint="run the recipe again, it goes on")
+        deliver(recipe, opened)
+    return folder / "report.html"
+
+
+class Run:
+    """One recipe on its way through the stages."""
+
+    def __init__(self, recipe: Recipe, path: Path, folder: RunFolder) -> None:
+        self.recipe = recipe
+        self.base = path.resolve().parent
+        self.folder = folder
+        self.progress = folder.observer.advanced
+        self.threads = (recipe.distill.threads if recipe.distill else None) or usable_threads()
+        self.problems: dict[str, str] = {}
+
+    def until(self, last: str) -> RunResult:
+        """All stages up to ``last``."""
+        atomic_write(self.folder / "recipe.toml", dump_recipe(self.recipe))
+        done = STAGES[: STAGES.index(last) + 1]
+        source = self._fetch()
+        if "teacher" in done:
+            teacher = self._teacher(source)
+        if "student" in done:
+            data = self._data()
+            student = self._student(teacher, data)
+        if "export" in done:
+            artifacts = self._export(teacher, student, data)
+        if "verify" in done:
+            subjects = Subjects(teacher, student, self._cut(teacher, data))
+            judge = Judge(self.recipe, self.folder, subjects, data)
+            passed = judge.verify(artifacts)
+        if "bench" in done:
+            judge.accuracy()
+            judge.tasks(passed)
+            judge.speed(passed)
+        return deliver(self.recipe, self.folder, self.problems, complete=last == STAGES[-1])
+
+    # ---- stages ---------------------------------------------------------------------------------------------------
+
+    def _fetch(self) -> Path:
+        from .fetch import fetch
+
+        teacher = self.recipe.teacher
+        found: list[Any] = []
+
+        def action() -> Mapping[str, Any]:
+            found.append(fetch(teacher.source, sha256=teacher.sha256, base=self.base, progress=self.progress))
+            return {"sha256": found[0].sha256, "note": teacher.source}
+
+        self.folder.stage("fetch", {"source": teacher.source}, action, title="fetch the teacher", always=True)
+        path: Path = found[0].path
+        return path
+
+    def _teacher(self, source: Path) -> ModelFolder:
+        from .checkpoints import open_model, prepare_model
+
+        recipe = self.recipe
+
+        def action() -> Mapping[str, Any]:
+            model = prepare_model(
+                source, self.folder / "teacher", task=recipe.task, license=recipe.teacher.license,
+                progress=self.progress,
+            )  # fmt: skip
+            return {"note": describe(model), "model_id": model.model_id}
+
+        inputs = {
+            "version": VERSIONS["teacher"], "sha256": self.folder.records()["fetch"].facts["sha256"],
+            "task": recipe.task, "license": recipe.teacher.license,
+        }  # fmt: skip
+        self.folder.stage("teacher", inputs, action, ["teacher"], "prepare the teacher")
+        return open_model(self.folder / "teacher")
+
+    def _data(self) -> DataSets:
+        from .data import load_data
+
+        loaded: list[DataSets] = []
+
+        def action() -> Mapping[str, Any]:
+            loaded.append(load_data(self.recipe.data, base=self.base, progress=self.progress))
+            sets = {
+                part.name: {"sha256": part.sha256, "counts": {s: len(getattr(part, s)) for s in splits}}
+                for parts, splits in ((loaded[0].text, SPLITS), (loaded[0].tasks, ("train", "test")))
+                for part in parts
+            }
+            total = {name: len(loaded[0].split(name)) for name in SPLITS}
+            shown = ", ".join(f"{count} {name}" for name, count in total.items() if count)
+            return {"sha256": loaded[0].sha256, "sets": sets, "note": shown or "none"}
+
+        self.folder.stage("data", {"data": self.recipe.data.model_dump(mode="json")}, action, title="text", always=True)
+        return loaded[0]
+
+    def _student(self, teacher: ModelFolder, data: DataSets) -> ModelFolder:
+        from .checkpoints import open_model
+        from .distill import distill
+
+        recipe = self.recipe
+        if recipe.distill is None and recipe.student == type(recipe.student)():
+            return teacher  # shipped as it is
+
+        def action() -> Mapping[str, Any]:
+            result = distill(
+                teacher.path, self.folder / "student", student=recipe.student, config=recipe.distill, data=data,
+                max_length=recipe.data.max_length, work=self.folder / "work/distill", progress=self.progress,
+            )  # fmt: skip
+            facts = {k: v for k, v in dataclasses.asdict(result).items() if k not in ("path", "curves")}
+            atomic_write(self.folder / "work/curves.json", json.dumps(list(result.curves)))
+            model = open_model(self.folder / "student")
+            return {"note": describe(model), "model_id": model.model_id, "result": facts}
+
+        self.folder.stage(
+            "student", {"version": VERSIONS["student"], "threads": self.threads, **self._student_inputs(teacher, data)},
+            action, ["student", "work/curves.json"], "distil the student" if recipe.distill else "cut the student",
+        )  # fmt: skip
+        return open_model(self.folder / "student")
+
+    def _student_inputs(self, teacher: ModelFolder, data: DataSets) -> dict[str, Any]:
+        recipe = self.recipe
+        return {
+            "teacher": teacher.model_id,
+            "student": recipe.student.model_dump(mode="json"),
+            "distill": recipe.distill.model_dump(mode="json") if recipe.distill else None,
+            "max_length": recipe.data.max_length,
+            "text": hash_json([data.split("train"), data.split("dev")]) if recipe.distill else None,
+        }
+
+    def _cut(self, teacher: ModelFolder, data: DataSets) -> ModelFolder | None:
+        """The student before it learned anything: what shows that distillation was worth its time."""
+        from .checkpoints import open_model
+        from .distill import distill
+
+        recipe = self.recipe
+        if recipe.distill is None or recipe.student == type(recipe.student)():
+            return None
+
+        def action() -> Mapping[str, Any]:
+            distill(
+                teacher.path, self.folder / "work/cut", student=recipe.student, config=None, data=data,
+                max_length=recipe.data.max_length, work=self.folder / "work/cut-distill", progress=self.progress,
+            )  # fmt: skip
+            return {"note": "the student before training, for comparison"}
+
+        inputs = {"version": VERSIONS["student"], "teacher": teacher.model_id,
+                  "student": recipe.student.model_dump(mode="json")}  # fmt: skip
+        self.folder.stage("cut", inputs, action, ["work/cut"], "cut an untrained student")
+        return open_model(self.folder / "work/cut")
+
+    def _export(
+        self, teacher: ModelFolder, student: ModelFolder, data: DataSets
+    ) -> list[tuple[ExportConfig, Artifact]]:
+        calibration = data.split("calibration")
+        made = []
+        for config in self.recipe.export:
+            source = teacher if config.of == "teacher" else student
+            with self._not_stopping_the_others(config.variant):
+                made.append((config, self._export_one(config, source, teacher, calibration)))
+        return made
+
+    def _export_one(
+        self, config: ExportConfig, source: ModelFolder, teacher: ModelFolder, calibration: list[str]
+    ) -> Artifact:
+        from .export import export
+
+        variant = config.variant
+        # The part of the recipe that decides the artifact's bytes; how it is measured does not.
+        made_by = self.recipe.model_dump(mode="json", include={"task", "teacher", "student", "data", "distill"})
+        lineage = {"teacher_id": teacher.model_id, "recipe_sha256": hash_json(made_by)}
+        inputs = {
+            "version": VERSIONS["export"], "model": source.model_id, "config": config.model_dump(mode="json"),
+            "calibration": hash_json(calibration), "lineage": lineage,
+        }  # fmt: skip
+
+        def action() -> Mapping[str, Any]:
+            artifact = export(
+                source.path, self.folder / "artifacts" / variant, config, calibration=calibration, lineage=lineage,
+                progress=self.progress,
+            )  # fmt: skip
+            note = f"{artifact.model_bytes / 1e6:.1f} MB, {artifact.manifest.contents}"
+            return {"artifact_id": artifact.manifest.artifact_id, "note": note}
+
+        self.folder.stage(
+            f"export:{variant}", inputs, action, title=f"export {variant}",
+            intact=lambda facts: self._find(variant, facts["artifact_id"]) is not None,
+        )  # fmt: skip
+        found = self._find(variant, None)
+        assert found is not None
+        return found
+
+    def _find(self, variant: str, artifact_id: str | None) -> Artifact | None:
+        """The whole, unchanged artifact, wherever the verdict put it."""
+        for room in ("artifacts", "quarantine"):
+            path = self.folder / room / variant
+            with contextlib.suppress(UsageError):
+                artifact = open_artifact(path)
+                if artifact_id in (None, artifact.manifest.artifact_id):
+                    return artifact
+        return None
+
+    @contextlib.contextmanager
+    def _not_stopping_the_others(self, variant: str) -> Iterator[None]:
+        """Keep an artifact that can't be made as a problem; what would hit the others too goes on up."""
+        try:
+            yield
+        except (MissingDependency, ResourceExhausted):
+            raise
+        except EdgestillError as error:
+            self.problems[variant] = str(error)
+            self.folder.observer.failed(f"export:{variant}", str(error))
+
+
+def describe(model: ModelFolder) -> str:
+    """``"bert, 6 layers, 22.7 M parameters"``."""
+    return f"{model.architecture}, {model.layers} layers, {model.parameters / 1e6:.1f} M parameters"

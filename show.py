@@ -1,0 +1,176 @@
+"""Results for people: one function, :func:`show`, that prints any result as tables on stderr."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .bench.metrics import METRICS
+from .bench.records import Verdict
+from .commands import BenchResult, ExportResult, VerifyResult
+from .delivery import ArtifactResult, RunResult
+from .doctor import DoctorReport
+from .plan import Plan
+from .terminal import print_table, stderr
+
+__all__ = ["show"]
+
+_MARKS = {"device_verified": "✔", "program_verified": "✔ program", "failed": "✘ failed", "not_verified": "?"}
+_TITLES = {
+    "model_bytes": "size", "latency_ms": "latency", "decode_tokens_per_s": "decode", "prefill_tokens_per_s": "prefill",
+    "load_ms": "load", "peak_memory_bytes": "memory", "top1_agreement": "top-1", "perplexity_ratio": "perplexity ×",
+}  # fmt: skip
+
+
+@functools.singledispatch
+def show(result: Any) -> None:
+    """Print a result for a person."""
+    raise TypeError(f"nothing knows how to show a {type(result).__name__}")
+
+
+@show.register
+def _run(result: RunResult) -> None:
+    _artifacts(result.artifacts, result.baselines)
+    for name, reason in result.problems.items():
+        stderr.print(f"✘ {name}: {reason}", style="red", markup=False)
+    for gate in result.gates:
+        if gate.outcome in ("fail", "inconclusive"):
+            limit = f"{'<=' if gate.sense == 'at_most' else '>='} {gate.limit:g}"
+            stderr.print(f"✘ gate {gate.metric} {limit}: {gate.subject} {gate.outcome} ({gate.reason})", markup=False)
+    if result.headline:
+        stderr.print(f"\n{result.headline}", style="bold", markup=False)
+    if result.report:
+        stderr.print(f"\nreport: {result.report}\ncard:   {result.model_card}", markup=False, soft_wrap=True)
+    else:
+        stderr.print(f"\nrun folder: {result.run} ({result.status})", markup=False, soft_wrap=True)
+
+
+@show.register
+def _plan(result: Plan) -> None:
+    stderr.print(result.recipe_text, markup=False, highlight=False)
+    print_table("model", ("", ""), list(result.facts.items()), text=2)
+    if result.variants:
+        rows = [(v.name, v.kind, _bytes(v.size_bytes)) for v in result.variants]
+        print_table("artifacts", ("name", "of", "about"), rows, text=2)
+    rows = [(step.name, step.note, _seconds(step.seconds)) for step in result.steps]
+    print_table("steps", ("stage", "", "about"), rows, text=2)
+    print_table(
+        "needs",
+        ("", "", "here"),
+        [
+            ("disk", _bytes(result.disk_bytes), _bytes(result.disk_free_bytes)),
+            ("memory", _bytes(result.memory_bytes), _bytes(result.memory_free_bytes)),
+            ("time", _seconds(result.seconds), result.time_note),
+        ],
+    )
+    for problem in result.problems:
+        stderr.print(f"✘ {problem.message}", style="red", markup=False, soft_wrap=True)
+        if problem.hint:
+            stderr.print(f"  {problem.hint}", style="dim", markup=False, soft_wrap=True)
+    if not result.problems:
+        stderr.print("nothing is missing", style="green")
+
+
+@show.register
+def _export(result: ExportResult) -> None:
+    _artifacts(result.run.artifacts, result.run.baselines)
+    for name, reason in result.run.problems.items():
+        stderr.print(f"✘ {name}: {reason}", style="red", markup=False)
+    stderr.print(f"\nartifacts: {Path(result.run.run) / 'artifacts'}", markup=False, soft_wrap=True)
+
+
+@show.register
+def _verify(result: VerifyResult) -> None:
+    _verdict(result.verdict)
+
+
+@show.register
+def _bench(result: BenchResult) -> None:
+    names = list(dict.fromkeys(row.subject for row in result.measurements))
+    metrics = list(dict.fromkeys(row.metric for row in result.measurements if row.metric in _TITLES))
+    taken = {(row.subject, row.metric): row for row in result.measurements}
+    ratios = {(c.subject, c.metric): c for c in result.comparisons}
+    rows = []
+    for name in names:
+        cells = []
+        for metric in metrics:
+            row = taken.get((name, metric))
+            text = METRICS[metric].show(row.summary.value) if row and row.summary else "—"
+            found = ratios.get((name, metric))
+            cells.append(f"{text} ({found.ratio:.2f}×)" if found and found.ratio and name != names[0] else text)
+        rows.append([name, *cells])
+    print_table(f"median, against {names[0]}", ("", *(_TITLES[metric] for metric in metrics)), rows)
+    reasons = dict.fromkeys(f"{row.subject}: {row.reason}" for row in result.measurements if row.reason)
+    for reason in list(reasons)[:8]:
+        stderr.print(f"— {reason}", style="dim", markup=False, soft_wrap=True)
+
+
+@show.register
+def _doctor(result: DoctorReport) -> None:
+    rows = [
+        (f"{'✔' if f.available else '✘'} {f.name}", f.version or "", f.purpose, f.install or f.note)
+        for f in result.findings
+    ]
+    print_table(f"Python {result.python}, {result.platform}", ("", "version", "for", ""), rows, text=4)
+    stderr.print("ready for the main job" if result.ready else "the main job needs what is marked ✘ above")
+
+
+def _artifacts(artifacts: Sequence[ArtifactResult], baselines: Mapping[str, Mapping[str, float | None]]) -> None:
+    """One row an artifact, the baselines first; a column for each number that at least one has."""
+    numbers = {**baselines, **{artifact.name: artifact.metrics for artifact in artifacts}}
+    levels = {artifact.name: artifact.level for artifact in artifacts}
+    keys = list(dict.fromkeys(key for metrics in numbers.values() for key in metrics))
+    keys = [key for key in keys if key.partition("@")[0] in _WANTED and "load" not in key]
+    if not numbers:
+        return
+    rows = []
+    for name, metrics in numbers.items():
+        cells = [_cell(key, metrics.get(key)) for key in keys]
+        rows.append([name, _MARKS[levels[name]] if name in levels else "torch", *cells])
+    print_table("", ("", "verdict", *(_title(key) for key in keys)), rows)
+    for artifact in artifacts:
+        for failure in artifact.failures:
+            stderr.print(f"✘ {artifact.name}: {failure}", style="red", markup=False, soft_wrap=True)
+
+
+_WANTED = ("model_bytes", "latency_ms", "decode_tokens_per_s", "kl", "spearman", "accuracy", "peak_memory_bytes")
+
+
+def _title(key: str) -> str:
+    metric, _, data = key.partition("@")
+    title = _TITLES.get(metric, metric)
+    return f"{title} {data}" if data else title
+
+
+def _cell(key: str, value: float | None) -> str:
+    return "—" if value is None else METRICS[key.partition("@")[0]].show(value).replace(" nats/token", "")
+
+
+def _verdict(verdict: Verdict) -> None:
+    rows = []
+    for check in verdict.checks:
+        sign = "<=" if check.sense == "at_most" else ">="
+        limit = "" if check.limit is None else f"{sign} {check.limit:.3g}"
+        value = "" if check.value is None else f"{check.value:.4g}"
+        rows.append((f"{'✔' if check.passed else '✘'} {check.name}", check.question, value, limit, check.reason))
+    print_table(
+        f"{verdict.subject}: {verdict.level.replace('_', ' ')} in {verdict.runtime} {verdict.runtime_version}",
+        ("check", "question", "value", "limit", "why"),
+        rows,
+    )
+    if verdict.note:
+        stderr.print(verdict.note, markup=False)
+
+
+def _bytes(value: float | None) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:.0f} s" if value < 100 else f"{value / 60:.0f} min"
