@@ -29,15 +29,6 @@ __all__ = [
     "quantise_activation",
     "simulate_activations",
 ]
-    "HALF_NOISE",
-    "JITTER",
-    "dequantised_model",
-    "head_of_tied",
-    "jitter",
-    "noise_of",
-    "quantise_activation",
-    "simulate_activations",
-]
 
 _KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value", "k_lin", "v_lin", "k", "v")
 # Relative size of the noise: what another order of summation does to a sum of some hundred float32 products.

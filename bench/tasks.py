@@ -113,7 +113,7 @@ def fit_probe(x: Array, y: Array, classes: int, *, c: float = 1.0) -> tuple[Doub
     from scipy.optimize import minimize
 
     features = np.asarray(x, np.float64)
-    count, width = features.shape
+    width = features.shape[1]
     rows = 1 if classes == 2 else classes
     targets = np.eye(classes)[y][:, -1:] if rows == 1 else np.eye(classes)[y]
 
