@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle  # for the name of its error only
 import re
 import shutil
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ def load_torch_state(path: Path) -> Any:
     """What :func:`save_torch_state` wrote; tensors and plain values only (``weights_only``)."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(
             f"checkpoint {path} is damaged: {reason}", hint=f"remove {path.parent} and run the same command again"

@@ -1,0 +1,136 @@
+"""kill -9 at any moment, call again: the student is bit-identical to that of an undisturbed run.
+
+One helper process imports torch once and forks a child for each life of a run; a child ends itself with SIGKILL at
+the place that it is told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HELPER = r'''
+import json, os, signal, sys
+from pathlib import Path
+
+teacher, place, jobs = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+
+import edgestill.distill.run
+from edgestill.data import DataSets, TextSet
+from edgestill.distill import checkpoint, distill, run, trainer
+from edgestill.files import hash_tree
+from edgestill.recipe import DistillConfig, StudentConfig
+
+texts = json.loads(sys.argv[4])
+data = DataSets((TextSet("words", tuple(texts[:120]), (), tuple(texts[120:]), (), "0" * 64),), ())
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(kill):
+    """Have this process killed: at a step, in the middle of a file of a checkpoint, or while the student is written."""
+    where, _, value = kill.partition(":")
+    real_save, real_write = trainer.save_torch_state, run.atomic_write
+    if where == "file":
+        name, _, step = value.partition("@")
+
+        def half(state, path):
+            real_save(state, path)
+            if path.name == name and f"checkpoint-{step}." in path.parent.name:
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+                die()
+
+        trainer.save_torch_state = half
+    if where == "swept":
+        trainer.sweep_checkpoints = lambda work, keep: die()
+    if where == "card":
+        run.atomic_write = lambda path, text: die() if path.name == "distillation.json" else real_write(path, text)
+    if where == "result":
+        run.atomic_write = lambda path, text: die() if path.name == "result.json" else real_write(path, text)
+
+    def progress(message, fraction=None):
+        if where == "step" and message.startswith(f"step {value} "):
+            die()
+        if where == "teacher" and message.startswith("teacher") and fraction > 0.4:
+            die()
+
+    return progress
+
+
+def live(job, kill):
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    code = 1
+    try:
+        distill(teacher, place / job["name"] / "out", student=StudentConfig(layers=2), data=data, max_length=32,
+                config=DistillConfig(threads=1, batch_size=4, gradient_accumulation=2, max_steps=14, **job["config"]),
+                work=place / job["name"] / "work", progress=arm(kill))
+        code = 0
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    os._exit(code)
+
+
+report = {}
+for job in jobs:
+    states = [live(job, kill) for kill in job["kills"]]
+    end = live(job, "never")
+    out, work = place / job["name"] / "out", place / job["name"] / "work"
+    report[job["name"]] = {"killed": states, "end": end, "hash": hash_tree(out) if out.exists() else None,
+                           "left": sorted(path.name for path in work.iterdir())}
+print(json.dumps(report))
+'''
+
+
+def _lives(teacher: Path, place: Path, jobs: list[dict[str, object]], sentences: list[str]) -> dict[str, dict]:
+    done = subprocess.run(
+        [sys.executable, "-c", HELPER, str(teacher), str(place), json.dumps(jobs), json.dumps(sentences[:150])],
+        capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    for name, job in report.items():
+        assert job["end"] == 0, (name, done.stderr)
+    return report
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_killed_encoder_run_ends_with_the_same_bytes(encoder: Path, tmp_path: Path, sentences: list[str]):
+    config = {"loss": {"embedding_cosine": 1.0, "embedding_gram": 1.0}, "save_every": 4}
+    kills = [
+        "teacher:", "step:2", "file:weights.pt@4", "file:optimizer.pt@4", "step:6", "swept:", "step:11",
+        "file:scheduler.pt@14", "card:", "result:",
+    ]  # fmt: skip
+    jobs = [
+        {"name": "whole", "config": config, "kills": []},
+        {"name": "killed", "config": config, "kills": kills},
+        {"name": "never-saved", "config": {**config, "save_every": 1000}, "kills": ["step:13"]},
+        {"name": "each-step", "config": {**config, "save_every": 1}, "kills": ["step:1", "step:9", "step:14"]},
+    ]
+    report = _lives(encoder, tmp_path, jobs, sentences)
+    assert report["killed"]["killed"] == [9] * len(kills)  # each life ended by SIGKILL where it was told to
+    for name in ("killed", "never-saved", "each-step"):
+        assert report[name]["hash"] == report["whole"]["hash"], name
+        assert report[name]["left"] == report["whole"]["left"], name
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_killed_decoder_run_ends_with_the_same_bytes(tiny_llama: Path, tmp_path: Path, sentences: list[str]):
+    config = {"loss": {"forward_kl": 0.9, "cross_entropy": 0.1, "hidden_states": 0.1}, "save_every": 3}
+    kills = ["step:1", "step:5", "file:optimizer.pt@6", "step:10"]
+    jobs = [
+        {"name": "whole", "config": config, "kills": []},
+        {"name": "killed", "config": config, "kills": kills},
+    ]
+    report = _lives(tiny_llama, tmp_path, jobs, sentences)
+    assert report["killed"]["killed"] == [9] * len(kills)
+    assert report["killed"]["hash"] == report["whole"]["hash"]
