@@ -115,12 +115,12 @@ def load_torch(folder: Path) -> nn.Module:
     :class:`BadInput` when weights are missing or have another shape than the config says.
     """
     described = open_model(folder)
+    check_allocation(described.config, described.task, described.parameters, folder)
     with quiet():
         model, info = model_class(described.task).from_pretrained(
             folder,
             local_files_only=True,
             dtype=torch.float32,
-            attn_implementation="sdpa",
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported just below, in one line
@@ -139,17 +139,46 @@ def build_model(config: dict[str, Any], state: dict[str, Tensor], task: Task, wh
     Weights that the task's model does not have (another head, a pooler) are dropped; missing ones are
     :class:`BadInput`.
     """
-    clean = {key: value for key, value in config.items() if key not in _LOCAL_CONFIG_KEYS}
+    check_allocation(config, task, sum(tensor.numel() for tensor in state.values()), where)
     with quiet():
-        typed = transformers.AutoConfig.for_model(**clean)
+        typed = _typed_config(config, where)
         arguments = extra_arguments(config["model_type"], task)
         loader = _class_for(typed, task)
         model, info = loader.from_pretrained(
-            None, config=typed, state_dict=state, dtype=torch.float32, attn_implementation="sdpa",
+            None, config=typed, state_dict=state, dtype=torch.float32,
             output_loading_info=True, ignore_mismatched_sizes=True, **arguments,
         )  # fmt: skip
     check_loaded(info, where)
     return model.eval()
+
+
+def check_allocation(config: dict[str, Any], task: Task, stored: int, where: Path) -> None:
+    """A model needs no more parameters than are ``stored``: checked without memory, on torch's meta device.
+
+    Else a forged size in config.json would make Transformers allocate what it does not find in the file.
+    """
+    with quiet(), torch.device("meta"):
+        typed = _typed_config(config, where)
+        try:
+            empty = _class_for(typed, task)(typed, **extra_arguments(config["model_type"], task))
+        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ZeroDivisionError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise BadInput(f"{where}: config.json makes no model: {reason}", hint="fetch the model again") from None
+    needed = sum(parameter.numel() for parameter in empty.parameters())
+    if needed > stored:
+        raise BadInput(
+            f"{where}: config.json describes {needed} parameters, the weights hold {stored}",
+            hint="config and weights are not of the same model, or weights are missing",
+        )
+
+
+def _typed_config(config: dict[str, Any], where: Path) -> Any:
+    clean = {key: value for key, value in config.items() if key not in _LOCAL_CONFIG_KEYS}
+    try:
+        return transformers.AutoConfig.for_model(**clean)
+    except Exception as error:  # Transformers validates configs with an exception of its hub library
+        reason = str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
+        raise BadInput(f"{where / 'config.json'}: {reason}", hint="fetch the model again") from None
 
 
 def _class_for(config: Any, task: Task) -> Any:
