@@ -206,9 +206,7 @@ def _sentence(best: _Facts, measurements: Sequence[Measurement], metric: str | N
     base_size = _value(measurements, baseline, "model_bytes")
     parts = [f"{size}, {base_size / best.size:.1f}× smaller than the {baseline}" if base_size else size]
     if metric is not None and best.accuracy is not None:
-        label = {"kl": "KL", "spearman": "Spearman", "top1_agreement": "top-1 agreement"}.get(metric, metric)
-        to = f" to the {baseline}" if metric not in ("accuracy",) else ""
-        parts.append(f"{label} {METRICS[metric].show(best.accuracy)}{to}")
+        parts.append(_accuracy(best, measurements, metric, baseline))
     if best.seconds is not None:
         base = _seconds(measurements, baseline, task)
         row = find_row(measurements, baseline, "latency_ms")
@@ -223,6 +221,21 @@ def _sentence(best: _Facts, measurements: Sequence[Measurement], metric: str | N
         "program_verified": "its program verified by interpretation, not yet on a device",
     }[best.verdict.level]
     return f"Ship {best.candidate.name}: {'; '.join(parts)}; {where}."
+
+
+def _accuracy(best: _Facts, measurements: Sequence[Measurement], metric: str, baseline: str) -> str:
+    """Each data set's own figure, the mean when there are more than three."""
+    label = {"kl": "KL", "spearman": "Spearman", "top1_agreement": "top-1 agreement"}.get(metric, metric)
+    label += "" if metric == "accuracy" else f" to the {baseline}"
+    rows = [
+        row
+        for row in measurements
+        if row.subject == best.candidate.name and row.metric == metric and row.against in ("teacher", None)
+    ]
+    shown = [(row.data, METRICS[metric].show(row.summary.value)) for row in rows if row.summary is not None]
+    if len(shown) > 3 or best.accuracy is None:
+        return f"{label} {METRICS[metric].show(best.accuracy or 0.0)} (mean of {len(shown)} data sets)"
+    return f"{label} {' and '.join(text + (f' on {data}' if data else '') for data, text in shown)}"
 
 
 def _factor(speedup: float) -> str:

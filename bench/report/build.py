@@ -123,4 +123,6 @@ def _markup(text: str) -> Any:
 
 
 def _drawn(charts: Sequence[context.Plot]) -> list[dict[str, Any]]:
-    return [{"title": chart.title, "svg": _markup(chart.svg), "caption": chart.caption} for chart in charts]
+    return [
+        {"title": c.title, "svg": _markup(c.svg), "narrow": _markup(c.narrow), "caption": c.caption} for c in charts
+    ]

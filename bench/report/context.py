@@ -22,10 +22,11 @@ _NOT_CURVES = ("step", "tokens", "epoch")
 
 @dataclass(frozen=True)
 class Tile:
-    """One key figure."""
+    """One key figure, its unit apart so that it can be set smaller."""
 
     label: str
     figure: str
+    unit: str
     sub: str
 
 
@@ -36,6 +37,7 @@ class Plot:
     title: str
     svg: str
     caption: str = ""
+    narrow: str = ""  # the same for a phone, where letters may not shrink with the chart
 
 
 def number(value: float | None) -> str:
@@ -70,22 +72,26 @@ def tiles(run: RunFacts, choice: Choice, table: Table, verdicts: Sequence[Verdic
     """The figures of what is shipped that one would say aloud, and how many artifacts passed."""
     found = []
     row = next((row for row in table.rows if row.subject == choice.name), None)
-    wanted = ("model_bytes", "kl", "spearman", "accuracy", "latency_ms", "decode_tokens_per_s", "peak_memory_bytes")
+    wanted = ["model_bytes", "kl", "spearman", "accuracy", "latency_ms", "decode_tokens_per_s"]
+    if run.task == "text-generation" or run.student is None:
+        wanted.append("peak_memory_bytes")
     seen: set[str] = set()
     for column, cell in zip(table.columns, row.cells if row else (), strict=False):
         if column.metric in wanted and column.metric not in seen and cell.value is not None:
             seen.add(column.metric)
-            sub = f"{cell.ratio} the {run.baseline}’s" if cell.ratio else cell.interval and f"95 %: {cell.interval}"
-            title = column.title + (f" on {column.data}" if column.data else "")
-            found.append(Tile(title, cell.text, sub or ""))
+            sub = f"{cell.ratio} the {run.baseline}’s" if cell.ratio else cell.interval
+            figure, _, unit = cell.text.partition(" ")
+            below = ", ".join(part for part in (column.data, sub) if part)
+            found.append(Tile(column.title, figure, unit or column.unit, below))
     if run.student is not None:
         share = run.student.parameters / run.teacher.parameters
         layers = f"{run.student.layers} of {run.teacher.layers} layers"
-        found.append(Tile("Parameters", _count(run.student.parameters), f"{share:.0%} of the teacher’s, {layers}"))
+        figure, _, unit = _count(run.student.parameters).partition(" ")
+        found.append(Tile("Parameters", figure, unit, f"{share:.0%} of the teacher’s, {layers}"))
     passed = sum(verdict.passed for verdict in verdicts)
     failed = [verdict.subject for verdict in verdicts if not verdict.passed]
     sub = f"failed: {', '.join(failed)}" if failed else "all artifacts"
-    found.append(Tile("Verified", f"{passed} of {len(verdicts)}", sub))
+    found.append(Tile("Verified", f"{passed} of {len(verdicts)}", "", sub))
     return found
 
 
@@ -162,8 +168,10 @@ def _plot(
     points = [point for point in points if point not in far]
     sizes = [point.x for point in points]
     wide = bool(sizes) and max(sizes) > 4 * min(sizes)
-    svg = scatter(points, Axis("Model size in MB", True, log=wide, scale=1e6), axis, label=title)
-    return Plot(title, svg, ". ".join(caption) + ("." if caption else ""))
+    across = Axis("Model size in MB", True, log=wide, scale=1e6)
+    svg = scatter(points, across, axis, label=title)
+    narrow = scatter(points, across, axis, label=title, width=350, height=330)
+    return Plot(title, svg, ". ".join(caption) + ("." if caption else ""), narrow)
 
 
 def _far_off(points: Sequence[Point]) -> list[Point]:

@@ -11,8 +11,7 @@ from ..pick import pareto_front
 
 __all__ = ["Axis", "Point", "line_panel", "scatter", "ticks"]
 
-_WIDTH, _HEIGHT = 520, 360
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 18, 16, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 18, 16, 46  # margins of a scatter, in pixels
 _LETTER = 6.3  # width of a character of the 11 px label font, on average
 _LINE = 13
 
@@ -96,21 +95,21 @@ def ticks(low: float, high: float, *, log: bool = False, wanted: int = 5) -> lis
         return [low]
     rough = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(base * power for base in (1, 2, 5, 10) if base * power >= rough * 0.999)
+    step = next(base * power for base in (1, 2, 5, 10) if base * power >= rough * 0.75)
     first = math.ceil(low / step - 1e-9)
     return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def scatter(points: Sequence[Point], x: Axis, y: Axis, *, label: str) -> str:
+def scatter(points: Sequence[Point], x: Axis, y: Axis, *, label: str, width: int = 520, height: int = 360) -> str:
     """Points with labels that do not overlap, the Pareto front of those that were verified as a step line, and
     whiskers for intervals. Empty text when there is nothing to draw."""
     if not points:
         return ""
     points = [_scaled(point, x, y) for point in points]
-    across = _padded([p.x for p in points], x, _LEFT, _WIDTH - _RIGHT)
+    across = _padded([p.x for p in points], x, _LEFT, width - _RIGHT)
     ys = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
-    up = _padded(ys, y, _HEIGHT - _BOTTOM, _TOP)
-    parts = [_open(label, "chart", _WIDTH, _HEIGHT), _grid(across, up, x, y)]
+    up = _padded(ys, y, height - _BOTTOM, _TOP)
+    parts = [_open(label, "chart", width, height), _grid(across, up, x, y, width, height)]
     front = _front(points, x, y)
     if len(front) > 1:
         parts.append(_steps(front, across, up))
@@ -119,7 +118,7 @@ def scatter(points: Sequence[Point], x: Axis, y: Axis, *, label: str) -> str:
     for point in sorted(points, key=lambda p: (not p.best, p.mark == "failed", p.x, p.name)):
         px, py = across(point.x), up(point.y)
         marks.append(_mark(point, px, py, up))
-        labels.append(_place(point, px, py, taken))
+        labels.append(_place(point, px, py, taken, width, height))
     return "".join([*parts, *marks, *labels, "</svg>"])
 
 
@@ -180,8 +179,8 @@ def _text(kind: str, x: float, y: float, text: str, anchor: str = "middle") -> s
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _grid(across: _Scale, up: _Scale, x: Axis, y: Axis) -> str:
-    bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
+def _grid(across: _Scale, up: _Scale, x: Axis, y: Axis, width: int, height: int) -> str:
+    bottom, right = height - _BOTTOM, width - _RIGHT
     parts = []
     for tick in up.ticks:
         row = up(tick)
@@ -189,7 +188,7 @@ def _grid(across: _Scale, up: _Scale, x: Axis, y: Axis) -> str:
     for tick in across.ticks:
         column = across(tick)
         parts += [_line("grid", column, _TOP, column, bottom), _text("tick", column, bottom + 16, _number(tick))]
-    parts.append(_text("axis", (_LEFT + right) / 2, _HEIGHT - 8, _title(x)))
+    parts.append(_text("axis", (_LEFT + right) / 2, height - 8, _title(x)))
     turned = _text("axis", 0, 0, _title(y))
     return "".join([*parts, f'<g transform="translate(14 {(_TOP + bottom) / 2}) rotate(-90)">{turned}</g>'])
 
@@ -225,7 +224,7 @@ def _mark(point: Point, px: float, py: float, up: _Scale) -> str:
     return "".join([*parts, "</g>"])
 
 
-def _place(point: Point, px: float, py: float, taken: list[Box]) -> str:
+def _place(point: Point, px: float, py: float, taken: list[Box], right: int, bottom: int) -> str:
     """The label in the first spot around its point that is free and inside; a line leads to it when it is far."""
     width = len(point.name) * _LETTER
     best: tuple[float, float, float, Box] | None = None
@@ -235,7 +234,7 @@ def _place(point: Point, px: float, py: float, taken: list[Box]) -> str:
             x0 = px + gap if dx > 0 else px - gap - width if dx < 0 else px - width / 2
             y0 = py - _LINE / 2 + dy * (_LINE + distance * 0.75)
             box = (x0, y0, x0 + width, y0 + _LINE)
-            outside = x0 < _LEFT + 2 or box[2] > _WIDTH - 2 or y0 < 2 or box[3] > _HEIGHT - _BOTTOM - 1
+            outside = x0 < _LEFT + 2 or box[2] > right - 2 or y0 < 2 or box[3] > bottom - _BOTTOM - 1
             overlap = sum(_overlap(box, other) for other in taken)
             cost = overlap + (1e6 if outside else 0) + distance * 0.01
             if best is None or cost < best[0]:

@@ -12,7 +12,7 @@ from ..metrics import METRICS
 from ..pick import HEADLINE
 from ..records import Measurement, Verdict
 
-__all__ = ["Cell", "Column", "Row", "Table", "summary_rows", "summary_table"]
+__all__ = ["Cell", "Column", "Row", "Table", "heading", "summary_rows", "summary_table"]
 
 Badge = Literal["device_verified", "program_verified", "failed", "reference", "not_verified"]
 
@@ -32,17 +32,24 @@ _SECONDARY: Mapping[Task, tuple[str, ...]] = {
 _COST: Mapping[Task, tuple[str, ...]] = {
     "feature-extraction": ("latency_ms", "peak_memory_bytes", "load_ms"),
     "text-classification": ("latency_ms", "peak_memory_bytes", "load_ms"),
-    "text-generation": ("decode_tokens_per_s", "prefill_tokens_per_s", "peak_memory_bytes", "load_ms"),
+    "text-generation": ("decode_tokens_per_s", "prefill_tokens_per_s", "peak_memory_bytes"),
 }
 
 
 @dataclass(frozen=True)
 class Column:
-    """One quantity: a metric, taken on one data set where that matters."""
+    """One quantity: a metric, taken on one data set where that matters; ``unit`` holds for all of its cells (sizes
+    carry their own: MB or GB)."""
 
     metric: str
     title: str
     data: str | None = None
+
+    @property
+    def unit(self) -> str:
+        """``"ms"``, ``"tok/s"``, ``"nats/token"`` or nothing."""
+        shown = METRICS[self.metric].show(1.0).partition(" ")[2]
+        return "" if METRICS[self.metric].unit == "bytes" else shown
 
 
 @dataclass(frozen=True)
@@ -125,8 +132,9 @@ def summary_rows(table: Table) -> list[dict[str, str]]:
 
 
 def heading(column: Column) -> str:
-    """Title and data set in one line."""
-    return f"{column.title} · {column.data}" if column.data else column.title
+    """Title, unit and data set in one line."""
+    title = f"{column.title} ({column.unit})" if column.unit else column.title
+    return f"{title} · {column.data}" if column.data else title
 
 
 def _columns(measurements: Sequence[Measurement], task: Task) -> list[Column]:
@@ -174,7 +182,8 @@ def _cell(
     found = ratios.get((name, column.metric))
     ratio = "" if found is None or found.ratio is None else f"{found.ratio:.2f}×"
     outcome = found.outcome if found is not None else "unknown"
-    return Cell(metric.show(summary.value), summary.value, interval, ratio, outcome, row.source)
+    text = metric.show(summary.value)
+    return Cell(_bare(text) if column.unit else text, summary.value, interval, ratio, outcome, row.source)
 
 
 def _bare(text: str) -> str:

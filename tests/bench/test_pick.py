@@ -44,8 +44,8 @@ def test_the_smaller_of_two_equally_accurate_ones() -> None:
     choice = pick(ONE, rows, [verdict("a"), verdict("b")], task=TASK)
     assert choice.name == "b"
     assert choice.sentence == (
-        "Ship b: 20.0 MB, 4.5× smaller than the teacher; Spearman 0.9050 to the teacher; 10.00 ms, 2.0× as fast as "
-        "the teacher in onnxruntime; verified in onnxruntime 1.32.0."
+        "Ship b: 20.0 MB, 4.5× smaller than the teacher; Spearman to the teacher 0.9050 on x; 10.00 ms, 2.0× as fast "
+        "as the teacher in onnxruntime; verified in onnxruntime 1.32.0."
     )
     assert choice.front == ("a", "b")
 
@@ -90,7 +90,7 @@ def test_generation_is_judged_by_kl_and_decoded_tokens() -> None:
     candidates = [Candidate(name, "gguf") for name in "abc"]
     choice = pick(candidates, rows, [verdict(name) for name in "abc"], task="text-generation")
     assert choice.name == "b"
-    assert "KL 0.33 nats/token to the teacher; 60 tokens/s, 3.0× as fast as the teacher" in choice.sentence
+    assert "KL to the teacher 0.33 nats/token; 60 tokens/s, 3.0× as fast as the teacher" in choice.sentence
 
 
 def test_the_front_is_that_of_a_double_loop() -> None:
