@@ -41,9 +41,13 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path):
 
 
 def test_a_save_that_fails_leaves_nothing(tmp_path: Path):
-    with pytest.raises(KeyboardInterrupt), write_checkpoint(tmp_path / "checkpoint-5") as folder:
-        save_torch_state({"a": torch.zeros(3)}, folder / "weights.pt")
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with write_checkpoint(tmp_path / "checkpoint-5") as folder:
+            save_torch_state({"a": torch.zeros(3)}, folder / "weights.pt")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 

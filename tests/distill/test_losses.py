@@ -103,13 +103,12 @@ def test_hidden_states_is_a_double_loop():
     chooser = torch.Generator().manual_seed(0)
     ours, theirs = ([torch.randn(2, 5, 6, generator=chooser) for _ in range(3)] for _ in range(2))
     found = hidden_states(ours, Hidden(tuple(theirs)), MASK)
-    expected = [
-        np.mean([
-            sum((float(a[b, t, d]) - float(c[b, t, d])) ** 2 for d in range(6)) / sum(float(c[b, t, d]) ** 2 for d in range(6))
-            for a, c in zip(ours, theirs, strict=True)
-        ])
-        for b in range(2) for t in range(5) if MASK[b, t]
-    ]  # fmt: skip
+
+    def error(a: torch.Tensor, c: torch.Tensor) -> float:
+        return sum((float(x) - float(y)) ** 2 for x, y in zip(a, c, strict=True)) / sum(float(y) ** 2 for y in c)
+
+    places = [(b, t) for b in range(2) for t in range(5) if MASK[b, t]]
+    expected = [np.mean([error(a[place], c[place]) for a, c in zip(ours, theirs, strict=True)]) for place in places]
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
 
 
