@@ -79,7 +79,7 @@ def pick(
     baseline: str = "teacher",
     blocked: Mapping[str, str] | None = None,
 ) -> Choice:
-    """Choose by :data:`RULE`. ``blocked`` maps names to the reason why a gate forbids them.
+    """Choose by :data:`RULE`. ``blocked`` maps names to why a gate forbids them (``"fails the gate on kl"``).
 
     The last verdict of a subject counts. Raises :class:`UsageError` when there is no candidate at all.
     """
@@ -156,7 +156,7 @@ def _facts(
         failed = ", ".join(check.name for check in verdict.failures) or verdict.note or "no reason given"
         return None, f"failed verification ({failed})"
     if name in blocked:
-        return None, f"failed a gate ({blocked[name]})"
+        return None, blocked[name]
     size = _value(measurements, name, "model_bytes")
     if size is None:
         return None, "has no measured size"

@@ -15,7 +15,7 @@ from ..records import Measurement, Verdict
 from . import context
 from .card import markdown, usage
 from .facts import RunFacts
-from .table import heading, summary_table
+from .table import TORCH_SUBJECTS, heading, summary_table
 
 __all__ = ["ReportFiles", "build_report"]
 
@@ -90,6 +90,7 @@ def render(
         failed=[verdict for verdict in judged if not verdict.passed],
         shipped=[artifact for artifact in run.artifacts if not artifact.quarantined],
         distilled=context.distilled(run),
+        teacher=(run.teacher.name != run.baseline and run.teacher.name) or run.teacher.source or run.teacher.name,
         data=context.fact_groups(run, measurements)[1 if run.student is None else 2][1],
         usage=usage,
     )  # fmt: skip
@@ -101,7 +102,7 @@ def _order(run: RunFacts, measurements: Sequence[Measurement], verdicts: Sequenc
     failed = {verdict.subject for verdict in verdicts if not verdict.passed}
     names = sorted((artifact.name for artifact in run.artifacts), key=lambda name: name in failed)
     measured = {row.subject for row in measurements}
-    return [name for name in (run.baseline, "student") if name in measured and name not in names] + names
+    return [name for name in (run.baseline, *TORCH_SUBJECTS) if name in measured and name not in names] + names
 
 
 def _environment(*, html: bool) -> Any:

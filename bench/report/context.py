@@ -12,9 +12,23 @@ from ..pick import Candidate, Choice, headline_metric, pick
 from ..records import Check, Measurement, Verdict
 from .facts import ModelFacts, RunFacts
 from .plots import Axis, Point, line_panel, scatter
-from .table import Table
+from .table import TORCH_SUBJECTS, Table
 
-__all__ = ["Plot", "Tile", "choose", "fact_groups", "latest", "notices", "number", "panels", "plots", "series", "tiles"]
+__all__ = [
+    "Plot",
+    "Tile",
+    "choose",
+    "distilled",
+    "fact_groups",
+    "latest",
+    "notices",
+    "number",
+    "ordered_checks",
+    "panels",
+    "plots",
+    "series",
+    "tiles",
+]
 
 _SERIES_ORDER = ("onnx", "gguf", "coreml")
 _NOT_CURVES = ("step", "tokens", "epoch")
@@ -59,13 +73,14 @@ def choose(
     candidates = [Candidate(a.name, a.manifest.format) for a in run.artifacts if a.of == wanted]
     if not candidates:
         return Choice(None, "Nothing to ship: no artifact was exported.")
-    blocked = {gate.subject: gate.metric for gate in gates if gate.outcome == "fail"}
+    blocked = {gate.subject: f"fails the gate on {gate.metric}" for gate in gates if gate.outcome == "fail"}
     return pick(candidates, measurements, verdicts, task=run.task, baseline=run.baseline, blocked=blocked)
 
 
 def series(run: RunFacts) -> dict[str, str]:
     """The colour class of each subject."""
-    return {run.baseline: "reference", "student": "reference", **{a.name: a.manifest.format for a in run.artifacts}}
+    artifacts = {artifact.name: artifact.manifest.format for artifact in run.artifacts}
+    return dict.fromkeys((run.baseline, *TORCH_SUBJECTS), "reference") | artifacts
 
 
 def tiles(run: RunFacts, choice: Choice, table: Table, verdicts: Sequence[Verdict]) -> list[Tile]:
@@ -149,7 +164,7 @@ def _plot(
     for name, colour in colours.items():
         row = find_row([r for r in measurements if r.against in ("teacher", None)], name, metric, data=data)
         size = find_row(measurements, name, "model_bytes")
-        if row is None and name in (run.baseline, "student"):
+        if row is None and colour == "reference":
             continue
         if row is None or row.summary is None or size is None or size.summary is None:
             missing.append(name)

