@@ -15,20 +15,9 @@ from .plots import Axis, Point, line_panel, scatter
 from .table import TORCH_SUBJECTS, Table
 
 __all__ = [
-    "Plot",
-    "Tile",
-    "choose",
-    "distilled",
-    "fact_groups",
-    "latest",
-    "notices",
-    "number",
-    "ordered_checks",
-    "panels",
-    "plots",
-    "series",
-    "tiles",
-]
+    "Plot", "Tile", "choose", "distilled", "fact_groups", "latest", "notices", "number", "ordered_checks", "panels",
+    "plots", "series", "tiles",
+]  # fmt: skip
 
 _SERIES_ORDER = ("onnx", "gguf", "coreml")
 _NOT_CURVES = ("step", "tokens", "epoch")
