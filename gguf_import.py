@@ -16,6 +16,7 @@ import numpy as np
 from .checkpoints import ModelFolder, TensorHeader, check_sizes, find_architecture, open_model
 from .errors import BadInput, MissingDependency, Unsupported
 from .files import atomic_directory
+from .gguf_header import check_gguf_header
 from .progress import Progress, silent
 
 __all__ = ["GgufSource", "import_gguf", "open_gguf"]
@@ -59,6 +60,7 @@ def open_gguf(path: Path) -> GgufSource:
         raise MissingDependency.package("gguf", "export") from None
     if not path.is_file():
         raise BadInput(f"{path} does not exist", hint="check the path")
+    check_gguf_header(path)
     try:
         with np.errstate(all="ignore"):
             reader = gguf.GGUFReader(path)

@@ -10,6 +10,7 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -170,7 +171,7 @@ def test_an_npm_address_runs_npm_pack_once(tmp_path: Path, monkeypatch: pytest.M
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(registries, "_run", pack)
-    monkeypatch.setattr(registries.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     for path in ("data/a.txt", "package.json"):
         assert fetch(f"npm:@edge/words@1.2.3!{path}", cache=tmp_path / "cache").path.is_file()
     assert len(commands) == 1
@@ -227,7 +228,7 @@ def test_bombs_are_refused_before_anything_is_written(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = make_wheel(tmp_path / "w")
-    monkeypatch.setattr(archives.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 4000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 4000))
     with pytest.raises(ResourceExhausted, match="more than the disk has"):
         archives.extract_zip(wheel, "words/other.txt", tmp_path)
 
@@ -306,7 +307,7 @@ def test_malformed_addresses(address: str) -> None:
 
 def test_no_hub_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = pytest.importorskip("huggingface_hub")
-    seen = {}
+    seen: dict[str, Any] = {}
 
     def offline(name: str, **options: object) -> str:
         seen.update(options, name=name)
