@@ -76,7 +76,7 @@ def task_estimates(
     if len(outputs) != len(labels):
         raise BadInput(f"{len(outputs)} outputs for {len(labels)} labels", hint="score the same reference")
     right = _right(facts["task"], outputs, labels, train, len(extra["classes"]))
-    protocol = {"train_examples": train, "classes": len(extra["classes"])}
+    protocol: dict[str, Any] = {"train_examples": train, "classes": len(extra["classes"])}
     if facts["task"] == "feature-extraction":
         protocol["probe"] = "logistic regression, C = 1, fitted on the artifact's own embeddings"
     estimates = [mean_estimate("accuracy", right, seed=seed, protocol=protocol)]

@@ -101,9 +101,9 @@ def examine(
         from ..runtimes.transports.local import LocalWorker
 
         open_worker = _local(LocalWorker, options.timeout)
+    described = open_artifact(artifact, check=False)
     for reference in (*references.values(), *(teacher_references or {}).values()):
         read_facts(reference)
-    described = open_artifact(artifact, check=False)
     run = _Run(described, student, dict(references), dict(teacher_references or {}), work, options, progress)
     with run.catching("payload_hashes", "integrity"):
         open_artifact(artifact)
