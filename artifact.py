@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .errors import BadInput
 from .files import atomic_write, canonical_json, hash_file, hash_json, list_files, read_json, safe_join
@@ -166,9 +166,12 @@ class Artifact:
         if not path.exists():
             return ()
         rows = read_json(path)
-        return tuple(
-            StoredTensor(**{**row, "layout": tuple(tuple(step) for step in row.get("layout", ()))}) for row in rows
-        )
+        try:
+            return tuple(
+                StoredTensor(**{**row, "layout": tuple(tuple(step) for step in row.get("layout", ()))}) for row in rows
+            )
+        except (TypeError, AttributeError) as error:
+            raise BadInput(f"{path} is not a weight map: {error}", hint="export the artifact again") from None
 
 
 def artifact_id(files: Sequence[FileEntry]) -> str:
@@ -257,18 +260,37 @@ def _parse(path: Path) -> Manifest:
                 f"{path} has schema_version {raw['schema_version']}, this edgestill reads {SCHEMA_VERSION}",
                 hint="export it again with this version",
             )
-        return Manifest(
+        manifest = Manifest(
             **{
                 **raw,
                 "inputs": _specs(raw["inputs"]),
                 "outputs": _specs(raw["outputs"]),
                 "labels": tuple(raw.get("labels", ())),
-                "files": tuple(FileEntry(**file) for file in raw["files"]),
+                "files": tuple(FileEntry(str(f["path"]), str(f["sha256"]), int(f["size_bytes"])) for f in raw["files"]),
                 "dtype_histogram": {name: Histogram(**row) for name, row in raw["dtype_histogram"].items()},
             }
         )
-    except (KeyError, TypeError, AttributeError) as error:
+        _check_types(manifest)
+        return manifest
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BadInput(f"{path} is not an artifact description: {error}", hint="export it again") from None
+
+
+def _check_types(manifest: Manifest) -> None:
+    """What code below relies on without looking: raise ``TypeError`` naming the field."""
+    for name in ("quantisation", "entry", "contents", "artifact_id", "prompt_prefix"):
+        if not isinstance(getattr(manifest, name), str):
+            raise TypeError(f"{name} is not text")
+    for name in ("max_length", "vocab_size"):
+        if type(getattr(manifest, name)) is not int:
+            raise TypeError(f"{name} is not a whole number")
+    for name, known in (("format", Format), ("task", Task), ("pooling", Pooling)):
+        value = getattr(manifest, name)
+        if value not in get_args(known) and not (name == "pooling" and value is None):
+            raise TypeError(f"{name} is {value!r}, not one of {', '.join(get_args(known))}")
+    for name in ("minimum_runtime", "lineage"):
+        if not isinstance(getattr(manifest, name), Mapping):
+            raise TypeError(f"{name} is not an object")
 
 
 def _specs(rows: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
