@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -57,6 +58,8 @@ def hash_json(value: Any) -> str:
 
 def list_files(root: Path) -> list[PurePosixPath]:
     """Regular files below ``root``, relative and sorted by their POSIX path. Symbolic links are refused."""
+    if not root.is_dir():
+        raise BadInput(f"{root} is not a folder", hint="check the path")
     found = []
     for folder, names, files in os.walk(root):
         for name in [*names, *files]:
@@ -93,7 +96,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist", hint="check the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise BadInput(f"{path} can't be read: {error.strerror}", hint="check the path and its permissions") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"{path} is not valid JSON: {error}", hint="fetch or write the file again") from None
 
 
@@ -136,7 +141,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     An existing ``target`` is replaced. Left-overs of processes that were killed are swept first.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f".{target.name}.*.partial"):
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
         owner = stale.name.removeprefix(f".{target.name}.").split(".")[0]
         if not (owner.isdigit() and _is_alive(int(owner))):
             shutil.rmtree(stale, ignore_errors=True)
@@ -149,9 +154,16 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             for path in list_files(temporary):
                 with (temporary / path).open("rb") as stream:
                     os.fsync(stream.fileno())
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(temporary, target)
+            if target.is_dir() and not target.is_symlink():
+                # Aside first: a kill between the two renames must not find a folder that is half removed.
+                aside = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=target.parent))
+                os.replace(target, aside / target.name)
+                os.replace(temporary, target)
+                shutil.rmtree(aside, ignore_errors=True)
+            elif target.exists() or target.is_symlink():
+                raise BadInput(f"{target} exists and is not a folder", hint="choose another place, or remove it")
+            else:
+                os.replace(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
