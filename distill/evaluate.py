@@ -87,8 +87,7 @@ class HeldOut:
         rows = chunk_rows(self._vocab_size)
         parts: list[dict[str, Tensor]] = []
         for batch, mine, theirs in zip(self._batches, ours, self._theirs, strict=True):
-            ids = batch["input_ids"].to(self._device)
-            following = shift(ids, ids, batch["attention_mask"].to(self._device))[1]
+            following = shift(batch["input_ids"], batch["input_ids"], batch["attention_mask"])[1]
             for begin in range(0, len(mine), rows):
                 piece = slice(begin, begin + rows)
                 logits = [
@@ -97,7 +96,9 @@ class HeldOut:
                 ]
                 part = _compare_logits(*logits)
                 for name, side in (("cross_entropy", logits[0]), ("teacher_cross_entropy", logits[1])):
-                    part[name] = torch.nn.functional.cross_entropy(side.double(), following[piece], reduction="none")
+                    part[name] = torch.nn.functional.cross_entropy(
+                        side.cpu().double(), following[piece], reduction="none"
+                    )
                 parts.append(part)
         return _means({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
@@ -108,10 +109,10 @@ def _head(model: nn.Module) -> Any:
 
 
 def _compare_logits(ours: Tensor, theirs: Tensor) -> dict[str, Tensor]:
-    mine, reference = (torch.log_softmax(logits.double(), dim=-1) for logits in (ours, theirs))
+    mine, reference = (torch.log_softmax(logits.cpu().double(), dim=-1) for logits in (ours, theirs))
     probability = reference.exp()
     kl = torch.where(probability > 0, probability * (reference - mine), 0.0).sum(-1)
-    return {"kl": kl, "top1_agreement": (ours.argmax(-1) == theirs.argmax(-1)).double()}
+    return {"kl": kl, "top1_agreement": (mine.argmax(-1) == reference.argmax(-1)).double()}
 
 
 def _means(values: Mapping[str, Tensor]) -> dict[str, float]:
@@ -119,7 +120,7 @@ def _means(values: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _numpy(parts: list[Tensor]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    stacked = torch.cat(parts).double().cpu().numpy()
+    stacked = torch.cat(parts).cpu().double().numpy()
     return stacked / np.maximum(np.linalg.norm(stacked, axis=1, keepdims=True), 1e-12)
 
 

@@ -29,7 +29,7 @@ WEIGHTS_FILE, CLOCK_FILE = "weights.pt", "clock.json"
 
 def training_arguments(config: DistillConfig, steps: int, work: Path) -> transformers.TrainingArguments:
     """The Trainer's settings for ``steps`` optimiser steps: silent, without hub, evaluation or reports."""
-    return transformers.TrainingArguments(
+    arguments = transformers.TrainingArguments(
         output_dir=str(work),
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
@@ -53,6 +53,8 @@ def training_arguments(config: DistillConfig, steps: int, work: Path) -> transfo
         log_level="error",
         report_to=[],
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # never nn.DataParallel: it splits batches that count together
+    return arguments
 
 
 class DistillTrainer(transformers.Trainer):
