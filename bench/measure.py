@@ -121,8 +121,8 @@ def measure_speed(
 
     ``ids [batch, length]`` is the timed input (see :func:`timed_input`); text generation decodes
     ``config.new_tokens`` after its first row. ``open_worker`` starts a worker (default: a process on this machine).
-    The launches follow :mod:`edgestill.bench.plan`; the first subject that can be timed is measured twice, and the
-    difference is written into every measurement's protocol as ``noise_floor``.
+    The launches follow :mod:`edgestill.bench.plan`; one subject that can be timed (the first artifact, else the first
+    model) is measured twice, and the difference is written into every measurement's protocol as ``noise_floor``.
     """
     if open_worker is None:
         from ..runtimes.transports.local import LocalWorker
@@ -132,7 +132,7 @@ def measure_speed(
     if len(records) != len(subjects):
         raise ValueError("two subjects have the same name")
     generation = task == "text-generation"
-    control = next((name for name, record in records.items() if record.runtime != "coreml"), None)
+    control = _control(list(records.values()))
     plan = plan_launches(list(records), config.launches, control=control, seed=config.seed)
     for index, launch in enumerate(plan):
         record = records[launch.subject]
@@ -178,6 +178,13 @@ def _record(subject: Subject) -> _Record:
         manifest = open_artifact(subject.folder, check=False).manifest
         return _Record(subject, subject.subject_id or manifest.artifact_id, _RUNTIMES[manifest.format])
     return _Record(subject, subject.subject_id or hash_tree(subject.folder), "torch")
+
+
+def _control(records: Sequence[_Record]) -> str | None:
+    """The A/A subject: an artifact starts in a tenth of the time that torch takes, and is what gets compared."""
+    timed = [record for record in records if record.runtime != "coreml"]
+    first = next((record for record in timed if record.runtime != "torch"), timed[0] if timed else None)
+    return first.subject.name if first else None
 
 
 def _launch(
