@@ -62,13 +62,21 @@ def reset_peak() -> bool:
 
 
 def _status() -> dict[str, int]:
-    """The byte counts of ``/proc/self/status``."""
+    """The byte counts of ``/proc/self/status`` from the peak of the resident set on; empty where there are none.
+
+    Plain system calls, since this runs a hundred times a second beside what is measured: about 10 microseconds.
+    """
     try:
-        text = _STATUS.read_text()
+        descriptor = os.open(_STATUS, os.O_RDONLY)
     except OSError:
         return {}
-    rows = (line.split() for line in text.splitlines() if line.endswith(" kB"))
-    return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows}
+    try:
+        text = os.read(descriptor, 1 << 14)
+    finally:
+        os.close(descriptor)
+    found = text.find(b"VmHWM:")
+    rows = (line.split() for line in text[found:].splitlines()[:6]) if found >= 0 else ()
+    return {row[0].decode().rstrip(":"): int(row[1]) * 1024 for row in rows}
 
 
 class PeakSampler:

@@ -1,8 +1,8 @@
 """What a worker does with each request: one opened model, its timings and its memory. Numpy only.
 
 :mod:`edgestill.runtimes.worker` moves the messages; here is one method an operation. Speed, memory and accuracy are
-meant to be taken in separate launches: the memory sampler runs in ``forward``, ``decode`` and ``score``, and is kept
-out of the timed operations.
+meant to be taken in separate launches. The memory sampler runs in every operation that runs the model, timed ones too:
+it costs about 10 microseconds in 10 milliseconds, and a peak that nobody saw would cost more.
 """
 
 from __future__ import annotations
@@ -193,16 +193,16 @@ class Service:
         """Raw seconds of forward passes: :func:`edgestill.runtimes.timing.time_forward`."""
         session, info = self._model()
         ids, mask = self._batch(request, info)
-        timed = timing.time_forward(session, ids, mask, **_bounds(request))
-        self._running.sample()
+        with self._running.sampling():
+            timed = timing.time_forward(session, ids, mask, **_bounds(request))
         return dataclasses.asdict(timed)
 
     def time_decode(self, request: Fields) -> dict[str, Any]:
         """Raw seconds of generations: :func:`edgestill.runtimes.timing.time_decode`."""
         session, info = self._model()
         prompt, count = _prompt(request, info)
-        timed = timing.time_decode(session, prompt, count, **_bounds(request))
-        self._running.sample()
+        with self._running.sampling():
+            timed = timing.time_decode(session, prompt, count, **_bounds(request))
         return dataclasses.asdict(timed)
 
     def memory(self, request: Fields) -> dict[str, Any]:

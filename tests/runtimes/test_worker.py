@@ -322,3 +322,18 @@ def test_thread_limits_stand_before_numpy_is_imported(toy, toy_command, tmp_path
         assert raw.get("open", folder=str(toy()))["info"]["backend"] == "threads=3"
     finally:
         raw.end()
+
+
+def test_the_page_for_implementers_names_everything(raw, toy):
+    """docs/worker-protocol.md: each operation, dtype and field of the replies."""
+    from pathlib import Path
+
+    from edgestill.runtimes.protocol import DTYPES
+
+    page = (Path(__file__).parents[2] / "docs" / "worker-protocol.md").read_text(encoding="utf-8")
+    assert f"version {PROTOCOL_VERSION}" in page
+    raw.hello()
+    opened = raw.get("open", folder=str(toy()), cold=True)
+    names = {*OPERATIONS, *DTYPES, *opened, *opened["info"], *opened["cold"], *raw.get("memory")}
+    names |= {*raw.get("time_decode", prompt_ids=[1], max_new_tokens=2, repeats=1, warmup=0, max_seconds=1)}
+    assert [name for name in sorted(names) if name not in page] == []
