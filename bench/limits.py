@@ -37,7 +37,9 @@ class GridLimit:
     The step of a block is its largest magnitude over ``2**(bits-1) - 1``, the coarsest that a sane quantiser uses.
     ``largest`` bounds every weight, ``rms`` the root mean square over a tensor (rounding alone gives 0.29). ``block``
     0 is a row, -1 the tensor. Where ``bits`` is 0 the grid is floating point and ``relative`` bounds the error
-    against the weight itself (beside ``absolute``, for subnormal numbers).
+    against the weight itself (beside ``absolute``, for subnormal numbers). K-quants keep the scales of their blocks as
+    integers, shared by 256 weights: a small block beside a large one gets a coarse scale, so ``outer`` times the
+    largest magnitude of the 256 is added to its step.
     """
 
     bits: int = 0
@@ -46,16 +48,17 @@ class GridLimit:
     rms: float = 0.5
     relative: float = 0.0
     absolute: float = 0.0
+    outer: float = 0.0
 
 
-_HALF = GridLimit(relative=2**-11 * 1.001, absolute=2**-25)
+_HALF = GridLimit(relative=2**-11 * 1.001, absolute=2**-24)  # of subnormal numbers, whatever way they are rounded
 _BRAIN = GridLimit(relative=2**-8)
 _EXACT = GridLimit()
 
 
-def _searched(bits: int, block: int) -> GridLimit:
+def _searched(bits: int, block: int, outer: float = 0.0) -> GridLimit:
     """A GGML type whose scales are searched for the least squared error, so that extremes may be clipped."""
-    return GridLimit(bits, block, largest=4.0, rms=0.75)
+    return GridLimit(bits, block, largest=4.0, rms=0.75, outer=outer)
 
 
 GRID_LIMITS: Mapping[str, GridLimit] = {
@@ -64,8 +67,9 @@ GRID_LIMITS: Mapping[str, GridLimit] = {
     "int8-b32": GridLimit(8, 32), "int4-b32": GridLimit(4, 32),
     "int8-channel": GridLimit(8, 0), "int8-c": GridLimit(8, 0), "int4-channel": GridLimit(4, 0),
     "q8_0": GridLimit(8, 32), "q5_0": GridLimit(5, 32), "q5_1": GridLimit(5, 32), "q4_0": GridLimit(4, 32),
-    "q4_1": GridLimit(4, 32), "iq4_nl": _searched(4, 32), "iq4_xs": _searched(4, 32), "q2_k": _searched(2, 16),
-    "q3_k": _searched(3, 16), "q4_k": _searched(4, 32), "q5_k": _searched(5, 32), "q6_k": _searched(6, 16),
+    "q4_1": GridLimit(4, 32), "iq4_nl": _searched(4, 32), "iq4_xs": _searched(4, 32, 1 / 31),
+    "q2_k": _searched(2, 16, 1 / 15), "q3_k": _searched(3, 16, 1 / 31), "q4_k": _searched(4, 32, 1 / 63),
+    "q5_k": _searched(5, 32, 1 / 63), "q6_k": _searched(6, 16, 1 / 127),
 }  # fmt: skip
 
 
@@ -127,16 +131,26 @@ _DYNAMIC = Faithful(5e-3, 0.95, 1.0, 2e-2, "one activation range for a whole bat
                     "the rows beside it")  # fmt: skip
 _LLAMA_FLOAT = Faithful(1e-4, 0.98, 1e-3, 1e-3, "float weights; key/value cache and GELU's table in float16")
 _LLAMA_CPP = Faithful(1e-3, 0.97, 2e-3, 2e-2, "activations in q8 blocks as simulated, key/value cache in float16")
+# 1 - cosine of embeddings is some hundred times smaller than the KL of logits for the same noise.
+_OF_EMBEDDINGS = 0.01
+_LEAST_OF_EMBEDDINGS = 1e-5  # half precision anywhere: MiniLM in F16 is 2e-6 off in llama.cpp, 7e-7 in Core ML
 
 
 def faithful_for(manifest: Manifest, activations: frozenset[Activation]) -> Faithful:
     """The limits of an artifact, by the coarsest activation that its weights bring with them."""
+    limits = _by_activation(manifest, activations)
+    if manifest.task == "feature-extraction":
+        least = 0.0 if limits is _FP32 else _LEAST_OF_EMBEDDINGS
+        scaled = max(limits.divergence * _OF_EMBEDDINGS, least)
+        return dataclasses.replace(limits, divergence=scaled, parity=limits.parity * _OF_EMBEDDINGS * 10)
+    return limits
+
+
+def _by_activation(manifest: Manifest, activations: frozenset[Activation]) -> Faithful:
     if "uint8-tensor" in activations:
         return _DYNAMIC
-    if manifest.format == "gguf" and activations & {"q8_0", "q8_k"}:
-        return _LLAMA_CPP
     if manifest.format == "gguf":
-        return _LLAMA_FLOAT
+        return _LLAMA_CPP if activations & {"q8_0", "q8_k"} else _LLAMA_FLOAT
     if "int8-b32" in activations:
         return _BLOCKS
     if manifest.format == "coreml" or activations & {"float16", "float16-in"}:

@@ -167,10 +167,11 @@ class _Run:
             else:
                 reason = "not applicable: an artifact of another tool has no tensors.json"
                 self.checks += [Check(name, "integrity", True, reason=reason) for name in _NEED_MAP]
+        with self.catching("tokenizer", "integrity"):
+            self.checks.append(integrity.check_tokenizer(self.artifact, self.student))
 
     def behave(self, worker: Any) -> None:
         """The checks that run it."""
-        self._tokenizer(worker)
         described = _Describe(self.student, next(iter(self.references.values())))
         task = self.manifest.task
         first = True
@@ -215,17 +216,6 @@ class _Run:
         else:
             found = behaviour.against_other_reference(self.manifest.task, scores, reference)
         self.scores[data, "teacher"] = found
-
-    def _tokenizer(self, worker: Any) -> None:
-        """Files beside the payload are read here; a GGUF's own tokenizer is asked through the runtime."""
-        with self.catching("tokenizer", "integrity"):
-            if self.manifest.format != "gguf":
-                self.checks.append(integrity.check_tokenizer(self.artifact, self.student))
-            elif "tokenize" in worker.info().capabilities and hasattr(worker, "tokenize"):
-                self.checks.append(integrity.check_tokenizer(self.artifact, self.student, worker.tokenize))
-            else:
-                reason = "not applicable: the worker can't be asked for the runtime's own tokenizer"
-                self.checks.append(Check("tokenizer", "integrity", True, reason=reason))
 
     def _activations(self) -> frozenset[Activation]:
         return frozenset(activation_of(self.manifest.format, tensor) for tensor in self.artifact.tensors())
