@@ -156,7 +156,7 @@ def _plot(
         if row is None and colour == "reference":
             continue
         if row is None or row.summary is None or size is None or size.summary is None:
-            missing.append(name)
+            missing += [name] if colour != "reference" else []
             continue
         mark = marks.get(name, "reference")
         summary, best = row.summary, name == choice.name

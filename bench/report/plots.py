@@ -11,7 +11,7 @@ from ..pick import pareto_front
 
 __all__ = ["Axis", "Point", "line_panel", "scatter", "ticks"]
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 18, 16, 46  # margins of a scatter, in pixels
+_RIGHT, _TOP, _BOTTOM = 18, 16, 46  # margins of a scatter, in pixels; the left one fits its numbers
 _LETTER = 6.3  # width of a character of the 11 px label font, on average
 _LINE = 13
 
@@ -60,6 +60,7 @@ class _Scale:
 
     def __call__(self, value: float) -> float:
         share = (self._map(value) - self._low) / (self._high - self._low)
+        share = min(max(share, 0.0), 1.0)  # whiskers end at the frame
         return self._start + share * (self._end - self._start)
 
 
@@ -106,19 +107,23 @@ def scatter(points: Sequence[Point], x: Axis, y: Axis, *, label: str, width: int
     if not points:
         return ""
     points = [_scaled(point, x, y) for point in points]
-    across = _padded([p.x for p in points], x, _LEFT, width - _RIGHT)
-    ys = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
-    up = _padded(ys, y, height - _BOTTOM, _TOP)
-    parts = [_open(label, "chart", width, height), _grid(across, up, x, y, width, height)]
+    low, high = min(p.y for p in points), max(p.y for p in points)
+    room = high - low or abs(high) * 0.1
+    ends = [end for p in points for end in (p.y, p.low, p.high) if end is not None]
+    up = _padded([min(max(end, low - room), high + room) for end in ends], y, height - _BOTTOM, _TOP)
+    left = 34 + _LETTER * max(len(_number(tick)) for tick in up.ticks or [0.0])
+    across = _padded([p.x for p in points], x, left, width - _RIGHT)
+    parts = [_open(label, "chart", width, height), _grid(across, up, x, y, left, width, height)]
     front = _front(points, x, y)
     if len(front) > 1:
         parts.append(_steps(front, across, up))
     taken: list[Box] = [(across(p.x) - 6, up(p.y) - 6, across(p.x) + 6, up(p.y) + 6) for p in points]
     marks, labels = [], []
+    area = (left, 0.0, float(width), float(height - _BOTTOM))
     for point in sorted(points, key=lambda p: (not p.best, p.mark == "failed", p.x, p.name)):
         px, py = across(point.x), up(point.y)
         marks.append(_mark(point, px, py, up))
-        labels.append(_place(point, px, py, taken, width, height))
+        labels.append(_place(point, px, py, taken, area))
     return "".join([*parts, *marks, *labels, "</svg>"])
 
 
@@ -179,16 +184,16 @@ def _text(kind: str, x: float, y: float, text: str, anchor: str = "middle") -> s
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _grid(across: _Scale, up: _Scale, x: Axis, y: Axis, width: int, height: int) -> str:
+def _grid(across: _Scale, up: _Scale, x: Axis, y: Axis, left: float, width: int, height: int) -> str:
     bottom, right = height - _BOTTOM, width - _RIGHT
     parts = []
     for tick in up.ticks:
         row = up(tick)
-        parts += [_line("grid", _LEFT, row, right, row), _text("tick", _LEFT - 7, row + 3.5, _number(tick), "end")]
+        parts += [_line("grid", left, row, right, row), _text("tick", left - 7, row + 3.5, _number(tick), "end")]
     for tick in across.ticks:
         column = across(tick)
         parts += [_line("grid", column, _TOP, column, bottom), _text("tick", column, bottom + 16, _number(tick))]
-    parts.append(_text("axis", (_LEFT + right) / 2, height - 8, _title(x)))
+    parts.append(_text("axis", (left + right) / 2, height - 8, _title(x)))
     turned = _text("axis", 0, 0, _title(y))
     return "".join([*parts, f'<g transform="translate(14 {(_TOP + bottom) / 2}) rotate(-90)">{turned}</g>'])
 
@@ -224,7 +229,7 @@ def _mark(point: Point, px: float, py: float, up: _Scale) -> str:
     return "".join([*parts, "</g>"])
 
 
-def _place(point: Point, px: float, py: float, taken: list[Box], right: int, bottom: int) -> str:
+def _place(point: Point, px: float, py: float, taken: list[Box], area: Box) -> str:
     """The label in the first spot around its point that is free and inside; a line leads to it when it is far."""
     width = len(point.name) * _LETTER
     best: tuple[float, float, float, Box] | None = None
@@ -234,7 +239,7 @@ def _place(point: Point, px: float, py: float, taken: list[Box], right: int, bot
             x0 = px + gap if dx > 0 else px - gap - width if dx < 0 else px - width / 2
             y0 = py - _LINE / 2 + dy * (_LINE + distance * 0.75)
             box = (x0, y0, x0 + width, y0 + _LINE)
-            outside = x0 < _LEFT + 2 or box[2] > right - 2 or y0 < 2 or box[3] > bottom - _BOTTOM - 1
+            outside = x0 < area[0] + 2 or box[2] > area[2] - 2 or y0 < area[1] + 2 or box[3] > area[3] - 1
             overlap = sum(_overlap(box, other) for other in taken)
             cost = overlap + (1e6 if outside else 0) + distance * 0.01
             if best is None or cost < best[0]:
