@@ -36,9 +36,9 @@ RECIPES = Path(__file__).parent / "recipes"
 
 TaskName = Literal["feature-extraction", "text-classification", "text-generation"]
 LossName = Literal["forward_kl", "cross_entropy", "embedding_cosine", "embedding_gram", "hidden_states"]
-Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0, strict=True)]
+Weight = Annotated[float, Field(ge=0, strict=True)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -53,7 +53,8 @@ QUANTISATIONS: dict[str, tuple[str, ...]] = {
 class Strict(BaseModel):
     """The base of every section: frozen, and no key that it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    # nan is refused everywhere: a gate against nan would always pass.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Source(Strict):
