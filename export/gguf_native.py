@@ -26,14 +26,24 @@ def quantise(source: Path, target: Path, file_type: str, threads: int) -> None:
     _ask({"do": "quantise", "source": str(source), "target": str(target), "type": file_type, "threads": threads})
 
 
-def tokenise(path: Path, pre: str | None, texts: Sequence[str], framed: Sequence[str]) -> tuple[Ids, Ids]:
-    """Ids that llama.cpp makes of ``texts`` without special tokens around them, and of ``framed`` with them.
+def tokenise(
+    path: Path, candidates: Sequence[str | None], texts: Sequence[str], framed: Sequence[str]
+) -> list[tuple[Ids, Ids] | str]:
+    """Ids that llama.cpp makes of ``texts`` without special tokens around them, and of ``framed`` with them, once for
+    each of ``candidates`` in place of the pre-tokenizer named in the file (``None``: the file's own).
 
-    ``pre`` replaces the pre-tokenizer named in the file. Raises :class:`EdgestillError` when llama.cpp refuses it.
+    Where llama.cpp refuses a candidate, or aborts on it, its reason stands instead.
     """
-    request = {"do": "tokenise", "path": str(path), "pre": pre, "texts": list(texts), "framed": list(framed)}
-    plain, with_special = _ask(request)
-    return plain, with_special
+    request = {"do": "tokenise", "path": str(path), "texts": list(texts), "framed": list(framed)}
+    try:
+        answers = _ask({**request, "candidates": list(candidates)})
+        return [answer if isinstance(answer, str) else (answer[0], answer[1]) for answer in answers]
+    except MissingDependency:
+        raise
+    except EdgestillError as error:  # one of them took the process down
+        if len(candidates) == 1:
+            return [error.message]
+        return [answer for name in candidates for answer in tokenise(path, [name], texts, framed)]
 
 
 def _ask(request: dict[str, Any]) -> Any:
@@ -60,8 +70,16 @@ def _answer(request: dict[str, Any]) -> Any:
     if request["do"] == "quantise":
         quantise_file(Path(request["source"]), Path(request["target"]), request["type"], request["threads"])
         return None
-    pre = {"tokenizer.ggml.pre": request["pre"]} if request["pre"] else None
-    model = LlamaModel(Path(request["path"]), vocab_only=True, overrides=pre)
+    return [_tokenise(Path(request["path"]), pre, request) for pre in request["candidates"]]
+
+
+def _tokenise(path: Path, pre: str | None, request: dict[str, Any]) -> list[Ids] | str:
+    try:
+        model = LlamaModel(path, vocab_only=True, overrides={"tokenizer.ggml.pre": pre} if pre else None)
+    except MissingDependency:
+        raise
+    except EdgestillError as error:
+        return error.message
     plain = [model.tokenize(text, add_special=False) for text in request["texts"]]
     framed = [model.tokenize(text, add_special=True) for text in request["framed"]]
     model.close()

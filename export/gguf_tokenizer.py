@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints import load_tokenizer
-from ..errors import BadInput, EdgestillError, MissingDependency, Unsupported
+from ..errors import BadInput, Unsupported
 from . import gguf_native
 from .gguf_metadata import Metadata
 from .gguf_write import write_gguf
@@ -220,10 +220,8 @@ def _frame(tokenizer: Any, kind: str) -> Metadata:
         found["tokenizer.ggml.bos_token_id"] = before[0]
     if after:
         found["tokenizer.ggml.eos_token_id"] = after[0]
-    if kind in ("wordpiece", "bpe") and after and not tokenizer.eos_token_id:
-        # BERT's [SEP] ends a text: llama.cpp adds it by a flag of its own, and reads eos as "end of generation".
-        found |= {"tokenizer.ggml.add_eos_token": False, "tokenizer.ggml.add_sep_token": True}
-        found["tokenizer.ggml.seperator_token_id"] = found.pop("tokenizer.ggml.eos_token_id")
+    if kind == "wordpiece":  # else llama.cpp would add [SEP] of its own accord
+        found["tokenizer.ggml.add_sep_token"] = False
     return found
 
 
@@ -259,21 +257,19 @@ def _proven(
         framed = tokenizer(list(_CORPUS[:3]), verbose=False)["input_ids"]
         fitting: list[tuple[str, tuple[str, ...]]] = []
         difference = ""
-        for candidate in candidates:
-            try:
-                got, got_framed = gguf_native.tokenise(path, candidate, texts, _CORPUS[:3])
-            except MissingDependency:
-                raise
-            except EdgestillError as error:
-                difference = difference or error.message
-                continue
-            scripts = tuple(name for name, ours, theirs in zip(_SCRIPTS, plain, got, strict=False) if ours != theirs)
-            wrong = _difference([*texts, *_CORPUS[:3]], [*plain, *framed], [*got, *got_framed])
-            if wrong is None:
-                fitting.append((candidate or "default", scripts))
-                if not scripts:
-                    break
-            difference = difference or wrong or ""
+        for group in filter(None, (candidates[:1], candidates[1:])):
+            for name, answer in zip(group, gguf_native.tokenise(path, group, texts, _CORPUS[:3]), strict=True):
+                if isinstance(answer, str):
+                    difference = difference or answer
+                    continue
+                got, got_framed = answer
+                wrong = _difference([*texts, *_CORPUS[:3]], [*plain, *framed], [*got, *got_framed])
+                difference = difference or wrong or ""
+                scripts = tuple(s for s, ours, theirs in zip(_SCRIPTS, plain, got, strict=False) if ours != theirs)
+                if wrong is None:
+                    fitting.append((name or "default", scripts))
+            if any(not scripts for _, scripts in fitting):
+                break
     finally:
         path.unlink()
     if not fitting:
