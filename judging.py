@@ -232,26 +232,62 @@ class Judge:
         """Accuracy on labelled data, of the torch models and of every artifact that passed."""
         if not self.data.tasks:
             return
+        references = self._task_references()
         subjects = {name: (model.path, model.model_id) for name, model in self.subjects.torch().items()}
         subjects |= {config.variant: (a.path, a.manifest.artifact_id) for config, a in artifacts}
         for name, (path, subject_id) in subjects.items():
-            self._tasks(name, path, subject_id)
+            self._tasks(name, path, subject_id, references)
 
-    def _tasks(self, name: str, path: Path, subject_id: str) -> None:
-        from .bench.tasks import run_tasks
+    def _task_references(self) -> dict[str, Path]:
+        """What the teacher says about each labelled set."""
+        from .bench.tasks import make_task_reference
+
+        teacher = self.subjects.teacher
+        made: dict[str, Path] = {}
+
+        def action() -> Mapping[str, Any]:
+            for data in self.data.tasks:
+                made[data.name] = make_task_reference(
+                    teacher.path, self.folder / "work/references" / data.name / "teacher", data,
+                    max_length=min(self.recipe.data.max_length, teacher.max_length),
+                    threads=self.recipe.bench.threads, progress=self.progress,
+                )  # fmt: skip
+            return {"note": ", ".join(made)}
+
+        self.folder.stage("task references", {}, action, title="ask the teacher for labels", always=True)
+        return made
+
+    def _tasks(self, name: str, path: Path, subject_id: str, references: Mapping[str, Path]) -> None:
+        from .bench.tasks import task_estimates
+        from .runtimes.scoring import open_reference
+        from .runtimes.session import SessionOptions
+        from .runtimes.transports.local import LocalWorker
 
         rows = f"work/tasks/{name}.jsonl"
 
         def action() -> Mapping[str, Any]:
-            measured = run_tasks()
+            measured: list[Measurement] = []
+            notes = []
+            with LocalWorker(path, SessionOptions(self.recipe.bench.threads)) as worker:
+                for task, reference in references.items():
+                    self.progress(f"{name} on {task}", None)
+                    teacher = open_reference(reference).said
+                    scores = worker.score(reference)
+                    outputs = scores["embeddings" if "embeddings" in scores else "logits"]
+                    estimates = task_estimates(
+                        outputs, reference, teacher_outputs=None if name == "teacher" else teacher,
+                        seed=self.recipe.bench.seed,
+                    )  # fmt: skip
+                    notes.append(f"{task} {estimates[0].summary.value:.1%}")
+                    measured += self._rows(estimates, name, subject_id, worker.info(), data=task)
             write_measurements(self.folder / rows, measured)
-            return {"note": ""}
+            return {"note": ", ".join(notes)}
 
         inputs = {
             "version": VERSIONS["tasks"], "subject": subject_id, "tasks": [task.sha256 for task in self.data.tasks],
             **self._question(),
         }  # fmt: skip
-        self.folder.stage(f"tasks:{name}", inputs, action, [rows], f"tasks with {name}")
+        self.folder.stage(f"tasks:{name}", inputs, action, [rows], f"labels with {name}")
 
     # ---- speed ---------------------------------------------------------------------------------------------------
 
