@@ -141,9 +141,9 @@ def weight_error(grid: str, weight: Floats, decoded: Floats) -> WeightError:
         if not allowed.any():
             return WeightError(np.inf if error.any() else 0.0, 0.0, 0.0)
         return WeightError(float((error / np.maximum(allowed, 1e-300)).max(initial=0)), 0.0, 0.0)
-    steps = _steps(np.abs(wide), limit)
-    if not steps.any():
+    if not wide.any():
         return WeightError(np.inf if error.any() else 0.0, 0.0, 0.0)
+    steps = _steps(np.abs(wide), limit) + limit.absolute
     largest = float((error / np.maximum(steps, 1e-30)).max()) / limit.largest
     rms = float(np.sqrt((error**2).mean() / (steps**2).mean())) / limit.rms
     power = float((wide**2).mean())

@@ -39,7 +39,8 @@ class GridLimit:
     0 is a row, -1 the tensor. Where ``bits`` is 0 the grid is floating point and ``relative`` bounds the error
     against the weight itself (beside ``absolute``, for subnormal numbers). K-quants keep the scales of their blocks as
     integers, shared by 256 weights: a small block beside a large one gets a coarse scale, so ``outer`` times the
-    largest magnitude of the 256 is added to its step.
+    largest magnitude of the 256 is added to its step. A GGML scale is a float16, whose smallest step is 2**-24: what
+    that does to the largest code is ``absolute``, which is added too.
     """
 
     bits: int = 0
@@ -56,9 +57,16 @@ _BRAIN = GridLimit(relative=2**-8)
 _EXACT = GridLimit()
 
 
-def _searched(bits: int, block: int, outer: float = 0.0) -> GridLimit:
-    """A GGML type whose scales are searched for the least squared error, so that extremes may be clipped."""
-    return GridLimit(bits, block, largest=4.0, rms=0.75, outer=outer)
+def _ggml(bits: int, **changes: float) -> GridLimit:
+    """A GGML type with one float16 scale for 32 weights."""
+    return GridLimit(bits, 32, absolute=2.0 ** (bits - 25), **changes)
+
+
+def _k_quant(bits: int, block: int, scales: int, rms: float = 0.75) -> GridLimit:
+    """A K-quant, whose integer scales go up to ``scales``. Both they and the codes are searched for the least squared
+    error, so that extremes may be clipped."""
+    absolute = scales * 2.0 ** (bits - 25)
+    return GridLimit(bits, block, largest=4.0, rms=rms, absolute=absolute, outer=1 / scales)
 
 
 GRID_LIMITS: Mapping[str, GridLimit] = {
@@ -66,10 +74,10 @@ GRID_LIMITS: Mapping[str, GridLimit] = {
     "int8": GridLimit(7, -1),  # ONNX MatMulInteger: a scale a tensor or a row, 7 or 8 bits
     "int8-b32": GridLimit(8, 32), "int4-b32": GridLimit(4, 32),
     "int8-channel": GridLimit(8, 0), "int8-c": GridLimit(8, 0), "int4-channel": GridLimit(4, 0),
-    "q8_0": GridLimit(8, 32), "q5_0": GridLimit(5, 32), "q5_1": GridLimit(5, 32), "q4_0": GridLimit(4, 32),
-    "q4_1": GridLimit(4, 32), "iq4_nl": _searched(4, 32), "iq4_xs": _searched(4, 32, 1 / 31),
-    "q2_k": _searched(2, 16, 1 / 15), "q3_k": _searched(3, 16, 1 / 31), "q4_k": _searched(4, 32, 1 / 63),
-    "q5_k": _searched(5, 32, 1 / 63), "q6_k": _searched(6, 16, 1 / 127),
+    "q8_0": _ggml(8), "q5_0": _ggml(5), "q5_1": _ggml(5), "q4_0": _ggml(4), "q4_1": _ggml(4),
+    "iq4_nl": _ggml(4, largest=4.0, rms=0.75), "iq4_xs": _k_quant(4, 32, 31), "q2_k": _k_quant(2, 16, 15, 0.4),
+    "q3_k": _k_quant(3, 16, 31), "q4_k": _k_quant(4, 32, 63), "q5_k": _k_quant(5, 32, 63),
+    "q6_k": _k_quant(6, 16, 127),
 }  # fmt: skip
 
 

@@ -41,7 +41,7 @@ _RUNTIMES = {"onnx": "onnxruntime", "gguf": "llama.cpp", "coreml": "coreml", "to
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """How to verify. ``faithful_rows``: examples compared with the dequantised student (default: 64, or 8 windows of
+    """How to verify. ``faithful_rows``: examples compared with the dequantised student (default: 64, or 4 windows of
     text generation); ``decode_tokens`` decoded for the parity check; ``ceilings`` maps a metric to a limit that takes
     the place of the default loss ceiling; ``device`` is how the verdict names this machine."""
 
@@ -232,7 +232,7 @@ class _Run:
         self.progress("comparing with its own weights in torch", 0.6)
         model, kinds = dequantised_model(self.artifact, self.student)
         reference = next(iter(self.references.values()))
-        rows = self.options.faithful_rows or (8 if task == "text-generation" else 64)
+        rows = self.options.faithful_rows or (4 if task == "text-generation" else 64)
         inputs = inputs_of(reference, rows)
         # One range a batch: the same batches on both sides, and the smallest ones.
         batch = 1 if "uint8-tensor" in kinds else self.options.batch_size
