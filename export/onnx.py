@@ -16,7 +16,7 @@ from ..checkpoints import ModelFolder
 from ..errors import MissingDependency, Unsupported
 from ..progress import Progress, silent
 from .onnx_file import EXTERNAL_BYTES, Spool
-from .onnx_graph import MICROSOFT, SCHEMES, Graph
+from .onnx_graph import ENCODER_SCHEMES, MICROSOFT, SCHEMES, Graph
 from .writer import Draft, Weights, context_length
 
 if TYPE_CHECKING:
@@ -49,11 +49,11 @@ def write(
     from ..runtimes.payload_onnx import histogram
 
     length = context_length(model, config)
-    scheme = SCHEMES[config.quantisation]
+    schemes = SCHEMES if model.task == "text-generation" else ENCODER_SCHEMES
     spool = Spool(folder)
     try:
         progress(f"{config.variant}: writing the graph", 0.0)
-        graph = Graph(Weights(model.path), scheme, spool)
+        graph = Graph(Weights(model.path), schemes[config.quantisation], spool)
         kv_bytes = None
         if model.task == "text-generation":
             from .onnx_decoder import build_decoder

@@ -61,6 +61,10 @@ class _Shape:
         self.epsilon = float(config.get("rms_norm_eps", 1e-6))
         if config.get("hidden_act", "silu") not in ("silu", "swish"):
             raise Unsupported(f"ONNX: activation {config['hidden_act']!r} of a decoder", hint="supported: silu")
+        if self.head_dim % 16:
+            raise Unsupported(
+                f"ONNX: heads of {self.head_dim} values", hint="GroupQueryAttention wants multiples of 16"
+            )
         if config.get("use_sliding_window"):
             raise Unsupported("ONNX: sliding-window attention is not supported", hint="export GGUF instead")
 

@@ -84,8 +84,7 @@ class _Encoder:
         step = (graph.constant(self.offset), graph.op("Add", length, graph.constant(self.offset)), graph.constant(1))
         places = graph.op("Unsqueeze", graph.op("Range", *step, name="positions"), graph.constant([0]))
         x = graph.embed("input_ids", f"{base}.word_embeddings.weight")
-        table = graph.parameter(f"{base}.position_embeddings.weight")
-        x = graph.op("Add", x, graph.op("Gather", table, places, name=f"{base}.position"), name=f"{base}.sum")
+        x = graph.op("Add", x, graph.embed(places, f"{base}.position_embeddings.weight"), name=f"{base}.sum")
         kinds = f"{base}.token_type_embeddings.weight"
         if kinds in graph.weights:  # every token is of type 0: sentence pairs are not among our tasks
             kind = graph.op("Gather", graph.parameter(kinds), graph.constant(0), name=f"{base}.type")

@@ -23,6 +23,7 @@ EXTERNAL_BYTES = 1_500_000_000
 """From here on weights stand in a file of their own: protobuf reads no message over 2 GB."""
 
 _ALIGN = 64
+_DATA_FILE = "model.onnx.data"
 _TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "float16": 10}  # TensorProto.DataType
 _GRAPH, _INITIALIZER = 7, 5  # ModelProto.graph, GraphProto.initializer
 _DIMS, _DATA_TYPE, _NAME, _RAW, _EXTERNAL, _LOCATION = 1, 2, 8, 9, 13, 14  # of TensorProto
@@ -54,6 +55,10 @@ class _Entry:
     offset: int
     size_bytes: int
 
+    def leaves(self, external: bool) -> bool:
+        """Small tensors stay in the graph: ONNX Runtime reads shapes and axes from there only."""
+        return external and self.size_bytes >= 1024
+
     def head(self) -> bytes:
         """The TensorProto without its data."""
         dims = b"".join(varint(_DIMS << 3) + varint(dim) for dim in self.shape)
@@ -67,10 +72,11 @@ class Spool:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / "model.onnx.data"
+        self._path = folder / _DATA_FILE
         self._stream: IO[bytes] = self._path.open("w+b")
         self._entries: dict[str, _Entry] = {}
         self._constants: dict[str, str] = {}
+        self._kept = False
 
     @property
     def size_bytes(self) -> int:
@@ -101,7 +107,7 @@ class Spool:
     def write(self, model: Any, target: Path, *, external_bytes: int = EXTERNAL_BYTES) -> None:
         """Write ``target``: ``model`` (a ``ModelProto`` whose graph has no initialisers) with the spooled tensors.
 
-        Above ``external_bytes`` the spool stays as ``target`` + ``.data`` and is referred to; else it is removed.
+        Above ``external_bytes`` the spool stays, as ``model.onnx.data``, and is referred to; else it is removed.
         """
         self._stream.flush()
         external = self.size_bytes > external_bytes
@@ -118,18 +124,19 @@ class Spool:
                 self._write_record(out, entry, external)
         self._stream.close()
         if external:
-            self._path.replace(target.with_name(target.name + ".data"))
+            self._kept = True
         else:
-            self._path.unlink()
+            self.close()
 
     def close(self) -> None:
-        """Forget everything (when the export fails)."""
+        """Remove the spool, unless a file refers to it."""
         self._stream.close()
-        self._path.unlink(missing_ok=True)
+        if not self._kept:
+            self._path.unlink(missing_ok=True)
 
     def _write_record(self, out: IO[bytes], entry: _Entry, external: bool) -> None:
         out.write(varint(_INITIALIZER << 3 | 2) + varint(self._message_bytes(entry, external)) + entry.head())
-        if external:
+        if entry.leaves(external):
             out.write(_external(entry))
             return
         out.write(varint(_RAW << 3 | 2) + varint(entry.size_bytes))
@@ -141,7 +148,7 @@ class Spool:
             left -= len(chunk)
 
     def _message_bytes(self, entry: _Entry, external: bool) -> int:
-        if external:
+        if entry.leaves(external):
             return len(entry.head()) + len(_external(entry))
         return len(entry.head()) + 1 + len(varint(entry.size_bytes)) + entry.size_bytes
 
@@ -152,6 +159,6 @@ class Spool:
 
 def _external(entry: _Entry) -> bytes:
     """``external_data`` and ``data_location = EXTERNAL`` of one tensor; the location is a bare file name."""
-    pairs = {"location": "model.onnx.data", "offset": str(entry.offset), "length": str(entry.size_bytes)}
+    pairs = {"location": _DATA_FILE, "offset": str(entry.offset), "length": str(entry.size_bytes)}
     rows: Iterable[bytes] = (_field(1, k.encode()) + _field(2, v.encode()) for k, v in pairs.items())
     return b"".join(_field(_EXTERNAL, row) for row in rows) + varint(_LOCATION << 3) + varint(1)

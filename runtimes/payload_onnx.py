@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ class OnnxPayload:
                 return np.asarray(raw, np.float32)
             case "int8":
                 return self._int8(tensor, raw)
-            case "int8-b32" | "int4-b32":
-                return self._blocks(tensor, raw, 4 if tensor.grid.startswith("int4") else 8)
+            case grid if re.fullmatch(r"int[48]-b\d+", grid):
+                return self._blocks(tensor, raw, int(grid[3]))
             case other:
                 raise Unsupported(f"{tensor.stored}: an ONNX payload has no grid {other!r}", hint="export it again")
 
