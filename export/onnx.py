@@ -46,6 +46,7 @@ def write(
         import onnx  # noqa: F401
     except ImportError:
         raise MissingDependency.package("onnx", "export") from None
+    from ..runtimes.onnx_reader import OnnxFile
     from ..runtimes.payload_onnx import histogram
 
     length = context_length(model, config)
@@ -69,7 +70,7 @@ def write(
         spool.write(_shell(graph, inputs, outputs), target, external_bytes=external_bytes)
     finally:
         spool.close()
-    found = histogram(target)
+    found = histogram(OnnxFile(target))
     return Draft(
         entry=target.name,
         inputs=tuple(inputs),

@@ -14,7 +14,7 @@ from ..grids import quantise_affine
 from .onnx_file import Spool
 from .writer import Weights
 
-__all__ = ["MICROSOFT", "ENCODER_SCHEMES", "SCHEMES", "Graph", "Kind", "Scheme", "pack_bits"]
+__all__ = ["ENCODER_SCHEMES", "MICROSOFT", "SCHEMES", "Graph", "Kind", "Scheme", "pack_bits"]
 
 MICROSOFT = "com.microsoft"
 
@@ -26,9 +26,9 @@ Floats = npt.NDArray[np.float32]
 class Kind:
     """How one weight matrix is stored.
 
-    ``float``: in the compute type. ``blocks``: codes of ``bits`` with a scale for each ``block`` of a row
-    (32 where ``block`` does not divide it; MatMulNBits, GatherBlockQuantized), activations in float. ``dynamic``: int8 codes with a scale a tensor or a row,
-    activations quantised to uint8 as they come (MatMulInteger).
+    ``float``: in the compute type. ``blocks``: codes of ``bits`` with a scale for each ``block`` of a row (32 where
+    ``block`` does not divide it), activations in float (MatMulNBits, GatherBlockQuantized). ``dynamic``: int8 codes
+    with a scale a tensor or a row, activations quantised to uint8 as they come (MatMulInteger).
     """
 
     way: Literal["float", "blocks", "dynamic"] = "float"

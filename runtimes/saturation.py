@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..artifact import Artifact
-from ..errors import BadInput, MissingDependency
-from .payload_onnx import load_model
+from ..errors import MissingDependency
+from .onnx_reader import OnnxFile
 from .session import Ints
 
 __all__ = ["Saturation", "pair_saturation", "saturation"]
@@ -86,13 +86,12 @@ def saturation(artifact: Artifact, ids: Ints, attention_mask: Ints) -> Saturatio
     Returns ``None`` for an artifact without dynamic int8. Raises :class:`BadInput` for a damaged file,
     :class:`MissingDependency` without onnx or onnxruntime.
     """
-    model = load_model(artifact.entry)
-    nodes = [node for node in model.graph.node if node.op_type == "MatMulInteger"]
+    file = OnnxFile(artifact.entry)
+    nodes = [node for node in file.graph.node if node.op_type == "MatMulInteger"]
     if not nodes:
         return None
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
     wanted = list(dict.fromkeys(name for node in nodes for name in (node.input[0], node.input[2])))
-    found = _run(artifact, model, wanted, ids, attention_mask)
+    found = _run(artifact, wanted, ids, attention_mask)
     real = np.flatnonzero(attention_mask.reshape(-1))
     rows = real[np.linspace(0, len(real) - 1, min(_ROWS, len(real))).astype(int)]
     saturating = pairs = 0
@@ -101,7 +100,7 @@ def saturation(artifact: Artifact, ids: Ints, attention_mask: Ints) -> Saturatio
         levels = found[node.input[0]].reshape(-1, found[node.input[0]].shape[-1])
         if len(levels) == attention_mask.size:
             levels = levels[rows]
-        codes = _codes(artifact, weights, node.input[1])
+        codes = np.asarray(file.array(node.input[1]), np.int8)
         count, total, error = pair_saturation(levels, int(found[node.input[2]].reshape(())), codes)
         saturating, pairs = saturating + count, pairs + total
         if error > worst_error:
@@ -109,27 +108,16 @@ def saturation(artifact: Artifact, ids: Ints, attention_mask: Ints) -> Saturatio
     return Saturation(saturating / pairs, worst, worst_error, len(nodes), len(rows))
 
 
-def _codes(artifact: Artifact, weights: dict[str, Any], name: str) -> npt.NDArray[np.int8]:
-    from onnx import numpy_helper
-
-    if name not in weights:
-        raise BadInput(f"{artifact.entry}: weight {name!r} of a MatMulInteger is not constant", hint="export it again")
-    return np.asarray(numpy_helper.to_array(weights[name], str(artifact.path)), np.int8)
-
-
-def _run(
-    artifact: Artifact, model: Any, wanted: list[str], ids: Ints, attention_mask: Ints
-) -> dict[str, npt.NDArray[Any]]:
+def _run(artifact: Artifact, wanted: list[str], ids: Ints, attention_mask: Ints) -> dict[str, npt.NDArray[Any]]:
     """The values ``wanted`` of one forward pass, by a copy of the model in which they are outputs."""
     try:
         import onnxruntime
     except ImportError:
         raise MissingDependency.package("onnxruntime", "runtimes") from None
-    from onnx import TensorProto, external_data_helper, helper
+    import onnx
+    from onnx import TensorProto, helper
 
-    exposed = type(model)()
-    exposed.CopyFrom(model)
-    external_data_helper.load_external_data_for_model(exposed, str(artifact.path))
+    exposed = onnx.load(artifact.entry)
     exposed.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.UINT8, None) for name in wanted)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 2

@@ -15,6 +15,7 @@ from edgestill.export import export, writer
 from edgestill.export.onnx import write
 from edgestill.files import hash_file
 from edgestill.recipe import QUANTISATIONS, ExportConfig
+from edgestill.runtimes.onnx_reader import OnnxFile
 from edgestill.runtimes.ort_session import OrtSession
 from edgestill.runtimes.payload_onnx import histogram
 from edgestill.runtimes.session import SessionOptions
@@ -71,7 +72,7 @@ def test_external_data_above_a_limit(tiny_llama: Path, tmp_path: Path) -> None:
     write(open_model(tiny_llama), split, ExportConfig(to="onnx:int8"), external_bytes=1000)
     assert (split / "model.onnx.data").stat().st_size > 100_000
     assert (split / "model.onnx").stat().st_size < 60_000
-    assert histogram(split / "model.onnx") == whole.manifest.dtype_histogram
+    assert histogram(OnnxFile(split / "model.onnx")) == whole.manifest.dtype_histogram
     ids = np.arange(5, 15)[None]
     results = [
         OrtSession(Artifact(path, whole.manifest), SessionOptions(threads=1)).forward(ids, np.ones_like(ids))
