@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import EdgestillError
 from ..runtimes.milproto import import_coremltools
 from ..torch_models import quiet as transformers_quiet
-from .coreml_programs import DecoderProgram, EncoderProgram, torch
+from .coreml_programs import DecoderProgram, EncoderProgram
 
 if TYPE_CHECKING:
     from ..checkpoints import ModelFolder
@@ -22,7 +22,9 @@ Precision = Literal["islands", "half"]
 """``islands``: float16 with float32 where values outgrow it (the default); ``half``: all float16."""
 
 # Pooling: sums over all tokens, and squares of a vector that may be long or short.
-_ENCODER_ISLANDS = frozenset({"maximum", "pow", "real_div", "reduce_sum", "reduce_mean", "rsqrt", "sqrt", "square"})
+_ENCODER_ISLANDS = frozenset(
+    {"clip", "maximum", "pow", "real_div", "reduce_sum", "reduce_sum_square", "sqrt", "square"}
+)
 _NORM = frozenset({"pow", "reduce_mean", "rsqrt", "square"})
 _SMALLEST_QUANTISED = 2048  # weights; smaller tensors gain nothing
 
@@ -58,6 +60,8 @@ def _encoder_half(operation: Any) -> bool:
 
 
 def _convert(program: Any, example: tuple[Any, ...], precision: Precision, half: Any, **arguments: Any) -> Any:
+    import torch
+
     ct = import_coremltools()
     program.eval()
     with _quiet(), torch.no_grad():
@@ -67,9 +71,7 @@ def _convert(program: Any, example: tuple[Any, ...], precision: Precision, half:
                 traced,
                 convert_to="mlprogram",
                 compute_precision=(
-                    ct.precision.FLOAT16
-                    if precision == "half"
-                    else ct.transform.FP16ComputePrecision(op_selector=half)
+                    ct.precision.FLOAT16 if precision == "half" else ct.transform.FP16ComputePrecision(op_selector=half)
                 ),
                 skip_model_load=True,
                 **arguments,
@@ -84,8 +86,10 @@ def _convert(program: Any, example: tuple[Any, ...], precision: Precision, half:
 def convert_encoder(folder: ModelFolder, model: Any, context: int, *, precision: Precision = "islands") -> Any:
     """An encoder as an ML program for iOS 16: int32 ``input_ids`` and ``attention_mask`` [1, 1…context], float32
     ``sentence_embedding`` [1, D] or ``logits`` [1, C]."""
-    ct = import_coremltools()
     import numpy as np
+    import torch
+
+    ct = import_coremltools()
 
     length = min(8, context)
     example = (torch.full((1, length), 2, dtype=torch.int32), torch.ones(1, length, dtype=torch.int32))
@@ -102,8 +106,10 @@ def convert_encoder(folder: ModelFolder, model: Any, context: int, *, precision:
 def convert_decoder(folder: ModelFolder, model: Any, context: int, *, precision: Precision = "islands") -> Any:
     """A decoder with its KV cache as states, for iOS 18: int32 ``input_ids`` [1, q], float16 ``causal_mask``
     [1, 1, q, e], float16 ``logits`` [1, q, V], float16 states ``key_cache`` and ``value_cache``."""
-    ct = import_coremltools()
     import numpy as np
+    import torch
+
+    ct = import_coremltools()
 
     program = DecoderProgram(folder, model, context)
     # Three new tokens after two: no two sizes are equal, so the trace can't take one for the other.

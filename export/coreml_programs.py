@@ -62,7 +62,7 @@ def _use_our_attention(model: Any) -> None:
             module.config._attn_implementation = _ATTENTION
 
 
-class EncoderProgram(nn.Module):  # type: ignore[misc]
+class EncoderProgram(nn.Module):
     """A sentence encoder with its pooling, or a classifier: (input_ids, attention_mask) [1, T] -> [1, D] or [1, C]."""
 
     def __init__(self, folder: ModelFolder, model: nn.Module, context: int) -> None:
@@ -111,10 +111,10 @@ class EncoderProgram(nn.Module):  # type: ignore[misc]
             pooled = torch.index_select(hidden, 1, last)[:, 0]
         if not self.normalize:
             return pooled
-        return pooled * torch.rsqrt((pooled * pooled).sum(1, keepdim=True) + 1e-24)
+        return pooled / pooled.pow(2).sum(1, keepdim=True).sqrt().clamp(min=1e-12)
 
 
-class StateCache(Cache):  # type: ignore[misc]
+class StateCache(Cache):
     """A KV cache in two buffers [layers, 1, groups, context, D]; positions ``begin`` to ``end`` are being written."""
 
     def __init__(self, keys: Tensor, values: Tensor, begin: Any, end: Any) -> None:
@@ -134,7 +134,7 @@ class StateCache(Cache):  # type: ignore[misc]
         return self._begin
 
 
-class _RotaryTable(nn.Module):  # type: ignore[misc]
+class _RotaryTable(nn.Module):
     """Cosines and sines [context, D], made once by the model's own rotary module in float32."""
 
     def __init__(self, rotary: Any, context: int) -> None:
@@ -152,7 +152,7 @@ class _RotaryTable(nn.Module):  # type: ignore[misc]
         return self.cos[begin:end][None], self.sin[begin:end][None]
 
 
-class DecoderProgram(nn.Module):  # type: ignore[misc]
+class DecoderProgram(nn.Module):
     """A decoder with its cache: input_ids [1, q] and causal_mask [1, 1, q, e] -> logits [1, q, V].
 
     ``e`` counts the tokens in the cache after this call, so the new ones stand at ``e - q`` to ``e``.

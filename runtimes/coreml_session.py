@@ -193,7 +193,9 @@ class NativeCoreMLSession(CoremlSession):
         return self._live().make_state()
 
     def _predict(self, inputs: Mapping[str, npt.NDArray[Any]], state: Any) -> Mapping[str, Any]:
-        feed = {name: value.astype(np.float16) if value.dtype == np.float32 else value for name, value in inputs.items()}
+        feed = {
+            name: value.astype(np.float16) if value.dtype == np.float32 else value for name, value in inputs.items()
+        }
         model = self._live()
         return dict(model.predict(feed) if state is None else model.predict(feed, state))
 

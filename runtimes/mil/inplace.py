@@ -1,8 +1,8 @@
 """Which cache updates may write into the state itself instead of a copy of it.
 
-A stateful decoder reads its whole cache, replaces a slice and writes the whole cache back, once a layer. Executed to the
-letter that copies the cache for every layer; written in place it costs what the slice costs. The result is the same
-when nobody looks at the old content afterwards, and that can be read off the program.
+A stateful decoder reads its whole cache, replaces a slice and writes the whole cache back, once a layer. Executed to
+the letter that copies the cache for every layer; written in place it costs what the slice costs. The result is the
+same when nobody looks at the old content afterwards, and that can be read off the program.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ _WRITES = ("write_state", "coreml_update_state")
 
 @dataclass
 class RangeRow:
-    """What an operation's result reached over all runs: largest magnitude (of finite runs), runs with infinities or NaN,
-    and runs in which it made them itself, from finite arguments."""
+    """What an operation's result reached over all runs: largest magnitude (of finite runs), runs with infinities or
+    NaN, and runs in which it made them itself, from finite arguments."""
 
     name: str
     kind: str
@@ -95,7 +95,7 @@ class Interpreter:
         """The first operation, in program order, that turned finite arguments into an infinity or a NaN."""
         return next((row for row in self.ranges if row.overflowed), None)
 
-    def run(self, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, npt.ArrayLike], state: State | None = None) -> dict[str, Array]:
         """Run once. ``inputs`` by name, in the program's shapes (free dimensions: any). ``state`` is changed in place.
 
         Returns the outputs by name; float16 comes as float32. Raises :class:`BadInput` for a missing input or a wrong
@@ -110,7 +110,7 @@ class Interpreter:
                 self._execute(step, values, state, tainted)
         return {name: np.asarray(self._value(name, values)) for name in self.program.outputs}
 
-    def _bind(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def _bind(self, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
         values = {}
         for name, kind in self.program.inputs.items():
             if name not in inputs:

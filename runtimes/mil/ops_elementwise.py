@@ -172,5 +172,3 @@ def cast(a: Arguments, _: ValueType) -> Any:
     """x as another type; float to whole number drops the fraction. float16 is rounded by the interpreter."""
     dtype = _CAST[a["dtype"]]
     return a["x"].astype(np.float32 if dtype == "float16" else NUMPY_DTYPES[dtype])
-
-

@@ -17,7 +17,9 @@ __all__: list[str] = []
 def linear(a: Arguments, _: ValueType) -> Any:
     """x [..., in] @ weight [out, in].T + bias [out]."""
     x, weight = a["x"], a["weight"]
-    result = x.reshape(-1, x.shape[-1]) @ weight.T
+    rows = x.reshape(-1, x.shape[-1])
+    # One row (decoding): a matrix-vector product reads the weights once, as they lie.
+    result = (weight @ rows[0])[None] if len(rows) == 1 else rows @ weight.T
     if "bias" in a:
         result += a["bias"]
     return result.reshape(*x.shape[:-1], weight.shape[0])
