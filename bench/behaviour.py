@@ -141,7 +141,7 @@ def distance(task: Task, a: Array, b: Array) -> Array:
         return kl_divergence(a, b)
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-    return np.asarray(1 - np.divide((x * y).sum(axis=1), norms, out=np.zeros(len(x)), where=norms > 0))
+    return np.asarray(1 - np.divide((x * y).sum(axis=1), norms, out=np.zeros(len(x)), where=norms != 0))
 
 
 def against_other_reference(task: Task, scores: Scores, reference: Path) -> dict[str, Array]:

@@ -163,7 +163,7 @@ def quantise_activation(x: Any, kind: Activation) -> Any:
     """``x [..., K]`` float32 through the activation grid of a runtime and back.
 
     ``uint8-tensor``: ONNX DynamicQuantizeLinear, one asymmetric range that holds 0 for the whole tensor.
-    ``q8_0``, ``int8-b32``: symmetric blocks of 32, ``scale = max|x| / 127`` (q8_0 keeps it as fp16).
+    ``q8_0``, ``int8-bN``: symmetric blocks of 32 or N, ``scale = max|x| / 127`` (q8_0 keeps it as fp16).
     ``q8_k``: symmetric blocks of 256, ``scale = extreme / -127`` kept as fp32 (ggml-quants.c).
     """
     import torch
@@ -179,7 +179,7 @@ def quantise_activation(x: Any, kind: Activation) -> Any:
             return x
         zero = (-low / scale).round().clamp(0, 255)
         return ((x / scale).round() + zero).clamp(0, 255).sub(zero) * scale
-    width = 256 if kind == "q8_k" else 32
+    width = {"q8_0": 32, "q8_k": 256}.get(kind) or int(kind.removeprefix("int8-b"))
     columns = x.shape[-1]
     tiles = torch.nn.functional.pad(x, (0, -columns % width)).unflatten(-1, (-1, width))
     if kind == "q8_k":

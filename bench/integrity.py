@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..artifact import Artifact
-from ..errors import EdgestillError, MissingDependency
-from .limits import GRID_LIMITS, GridLimit
+from ..errors import EdgestillError, MissingDependency, Unsupported
+from .limits import GridLimit, grid_limit
 from .records import Check
 from .runtime_tokenizer import runtime_tokens
 
@@ -130,8 +130,13 @@ def check_weights(artifact: Artifact, payload: Any, student: Path) -> list[Check
 
 
 def weight_error(grid: str, weight: Floats, decoded: Floats) -> WeightError:
-    """``decoded`` against ``weight`` (same shape), by the limits of ``grid``; KeyError for an unknown grid."""
-    limit = GRID_LIMITS[grid]
+    """``decoded`` against ``weight`` (same shape), by the limits of ``grid``.
+
+    Raises :class:`Unsupported` for an unknown grid.
+    """
+    limit = grid_limit(grid)
+    if limit is None:
+        raise Unsupported(f"no rounding bound is known for the grid {grid!r}", hint="is it a newer artifact?")
     wide = weight.astype(np.float64)
     error = np.abs(decoded.astype(np.float64) - wide)
     if not np.isfinite(error).all():
@@ -203,7 +208,7 @@ def _plain(tokenizer_class: Any, path: Path) -> Any:
 
 def _judge(payload: Any, tensor: Any, weight: Floats) -> tuple[str, float]:
     """What is wrong with one stored tensor, and its share of the bound."""
-    if tensor.grid not in GRID_LIMITS:
+    if grid_limit(tensor.grid) is None:
         return f"no rounding bound is known for the grid {tensor.grid!r}", np.inf
     try:
         decoded = payload.decode(tensor)

@@ -9,9 +9,9 @@ good enough. Figures in the reasons were measured on MiniLM-L6 and SmolLM2-135M,
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from ..artifact import Format, Manifest, StoredTensor
 
@@ -25,9 +25,12 @@ __all__ = [
     "activation_of",
     "ceiling_for",
     "faithful_for",
+    "grid_limit",
 ]
 
-Activation = Literal["none", "float16", "float16-in", "uint8-tensor", "int8-b32", "q8_0", "q8_k"]
+Activation = str
+"""What happens to the input of a matrix product: ``none``, ``float16`` (output too), ``float16-in``, ``uint8-tensor``,
+``int8-bN`` (blocks of N), ``q8_0``, ``q8_k``."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,20 @@ def _k_quant(bits: int, block: int, scales: int, rms: float = 0.75) -> GridLimit
 GRID_LIMITS: Mapping[str, GridLimit] = {
     "float32": _EXACT, "f32": _EXACT, "float16": _HALF, "f16": _HALF, "bfloat16": _BRAIN, "bf16": _BRAIN,
     "int8": GridLimit(7, -1),  # ONNX MatMulInteger: a scale a tensor or a row, 7 or 8 bits
-    "int8-b32": GridLimit(8, 32), "int4-b32": GridLimit(4, 32),
-    "int8-channel": GridLimit(8, 0), "int8-c": GridLimit(8, 0), "int4-channel": GridLimit(4, 0),
     "q8_0": _ggml(8), "q5_0": _ggml(5), "q5_1": _ggml(5), "q4_0": _ggml(4), "q4_1": _ggml(4),
     "iq4_nl": _ggml(4, largest=4.0, rms=0.75), "iq4_xs": _k_quant(4, 32, 31), "q2_k": _k_quant(2, 16, 15, 0.4),
     "q3_k": _k_quant(3, 16, 31), "q4_k": _k_quant(4, 32, 63), "q5_k": _k_quant(5, 32, 63),
     "q6_k": _k_quant(6, 16, 127),
 }  # fmt: skip
+
+
+def grid_limit(grid: str) -> GridLimit | None:
+    """The limit of a grid: one of :data:`GRID_LIMITS`, ``intB-bN`` (blocks of N in a row) or ``intB-channel`` (a scale
+    a row); ``None`` for an unknown one."""
+    if grid in GRID_LIMITS:
+        return GRID_LIMITS[grid]
+    found = re.fullmatch(r"int([2-8])-(?:b([1-9]\d*)|channel)", grid)
+    return GridLimit(int(found[1]), int(found[2] or 0)) if found else None
 
 
 @dataclass(frozen=True)
@@ -159,7 +169,7 @@ def _by_activation(manifest: Manifest, activations: frozenset[Activation]) -> Fa
         return _DYNAMIC
     if manifest.format == "gguf":
         return _LLAMA_CPP if activations & {"q8_0", "q8_k"} else _LLAMA_FLOAT
-    if "int8-b32" in activations:
+    if any(kind.startswith("int8-b") for kind in activations):
         return _BLOCKS
     if manifest.format == "coreml" or activations & {"float16", "float16-in"}:
         return _FP16
@@ -179,7 +189,7 @@ def activation_of(form: Format, tensor: StoredTensor) -> Activation:
         if grid == "int8":
             return "uint8-tensor"
         if grid.startswith("int"):
-            return "int8-b32"
+            return f"int8-b{grid.rpartition('-b')[2]}"
         return "float16" if grid == "float16" else "none"
     if form == "gguf":
         if grid in ("f32", "bf16"):

@@ -9,6 +9,8 @@ crashes its runtime gets a failed verdict like any other; only a runtime that is
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import platform
 import shutil
 import sys
@@ -110,11 +112,10 @@ def examine(
         run.checks.append(Check("payload_hashes", "integrity", True, reason="every file matches its sha256"))
     if not run.failed:
         run.look_inside()
-        with run.catching("runs", "integrity"):
-            extra: dict[str, Any] = {}
-            with open_worker(artifact, SessionOptions(options.threads, options.backend, extra)) as worker:
-                run.info = worker.info()
-                run.behave(worker)
+        chosen = SessionOptions(options.threads, options.backend)
+        with run.catching("runs", "integrity"), open_worker(artifact, chosen) as worker:
+            run.info = worker.info()
+            run.behave(worker)
     return Verification(run.verdict(subject or artifact.name), run.info, run.scores)
 
 
@@ -292,7 +293,8 @@ class _Run:
             note = f"{broken.name}: {broken.reason}" if broken else "it did not run"
         info = self.info
         return Verdict(
-            artifact_id=self.manifest.artifact_id, subject=subject, level=level, checks=tuple(self.checks),
+            artifact_id=self.manifest.artifact_id, subject=subject, level=level,
+            checks=tuple(_plain(check) for check in self.checks),
             runtime=info.runtime if info else _RUNTIMES.get(self.manifest.format, self.manifest.format),
             runtime_version=info.version if info else "", backend=info.backend if info else "",
             device=self.options.device, note=note,
@@ -300,6 +302,18 @@ class _Run:
 
 
 _NEED_MAP = ("weight_map", "weights_on_grid")
+
+
+def _plain(check: Check) -> Check:
+    """Plain Python numbers; JSON has no NaN or infinity, so those become ``None`` and are told in the reason."""
+    numbers: dict[str, Any] = {}
+    reason = check.reason
+    for name in ("value", "limit", "low", "high"):
+        value = getattr(check, name)
+        numbers[name] = None if value is None or not math.isfinite(value) else float(value)
+        if value is not None and numbers[name] is None:
+            reason += f"; {name} is {float(value)}"
+    return dataclasses.replace(check, passed=bool(check.passed), reason=reason, **numbers)
 
 
 class _Describe:

@@ -39,10 +39,10 @@ def test_q8_blocks_are_what_the_grid_computes():
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["int8-b32", "q8_k"])
+@pytest.mark.parametrize("kind", ["int8-b32", "int8-b64", "q8_k"])
 def test_symmetric_blocks_by_a_double_loop(kind):
     x = np.random.default_rng(0).normal(size=(2, 300)).astype(np.float32)
-    width = 256 if kind == "q8_k" else 32
+    width = {"int8-b32": 32, "int8-b64": 64, "q8_k": 256}[kind]
     expected = np.zeros_like(x)
     for row in range(2):
         for start in range(0, 300, width):
@@ -108,7 +108,8 @@ def test_a_tied_head_that_is_stored_apart_is_found():
 @pytest.mark.parametrize(
     ("form", "grid", "kind"),
     [
-        ("onnx", "int8", "uint8-tensor"), ("onnx", "int4-b32", "int8-b32"), ("onnx", "float32", "none"),
+        ("onnx", "int8", "uint8-tensor"), ("onnx", "int4-b32", "int8-b32"),
+        ("onnx", "int8-b64", "int8-b64"), ("onnx", "float32", "none"),
         ("onnx", "float16", "float16"), ("gguf", "q4_k", "q8_k"), ("gguf", "q4_0", "q8_0"),
         ("gguf", "f16", "float16-in"),
         ("gguf", "f32", "none"), ("coreml", "int8-channel", "float16"),

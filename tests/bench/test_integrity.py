@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from edgestill.bench.integrity import weight_error
-from edgestill.bench.limits import GRID_LIMITS
+from edgestill.bench.limits import grid_limit
+from edgestill.errors import Unsupported
 from edgestill.grids import GGML_GRIDS, dequantise, dequantise_affine, ggml_size, quantise_affine
 
 
@@ -63,7 +64,7 @@ def test_what_the_quantiser_writes_is_within_the_bound(grid, kind):
 def test_faults_are_outside_the_bound(grid):
     weight = weights("gaussian")
     decoded = ggml(grid, weight) if grid in GGML_GRIDS else affine(grid, weight)
-    coarse = GRID_LIMITS[grid].bits < 4
+    coarse = grid_limit(grid).bits < 4
     shuffled = decoded[::-1]
     assert weight_error(grid, weight, shuffled).worst > 1
     assert weight_error(grid, weight, decoded * np.float32(1.25 if coarse else 1.05)).worst > 1
@@ -102,3 +103,11 @@ def test_a_vector_is_one_row():
     weight = weights("gaussian", (1, 64))[0]
     decoded = dequantise_affine(quantise_affine(weight[None], bits=8, block=32))[0]
     assert weight_error("int8-b32", weight, decoded).worst <= 1
+
+
+def test_the_grid_says_its_bits_and_block():
+    assert (grid_limit("int8-b64").bits, grid_limit("int8-b64").block) == (8, 64)
+    assert (grid_limit("int4-channel").bits, grid_limit("int4-channel").block) == (4, 0)
+    assert grid_limit("int9-b32") is grid_limit("fp3") is None
+    with pytest.raises(Unsupported, match="fp3"):
+        weight_error("fp3", np.ones((1, 2), np.float32), np.ones((1, 2), np.float32))

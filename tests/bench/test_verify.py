@@ -262,9 +262,22 @@ def test_nan_is_named_with_its_input(bert_fp32, tiny_bert, bert_reference, tmp_p
         return output
 
     worker = lambda *_: Fake(tiny_bert, "cpu", spoil)  # noqa: E731
-    found = failures(judge(bert_fp32, tiny_bert, bert_reference, tmp_path, open_worker=worker).verdict)
+    verdict = judge(bert_fp32, tiny_bert, bert_reference, tmp_path, open_worker=worker).verdict
+    found = failures(verdict)
+    json.dumps(dataclasses.asdict(verdict), allow_nan=False)
     assert found["finite"].value == 3  # the last row of each of three batches
     assert found["finite"].worst_input.startswith("row 7")
+
+
+def test_infinity_after_padding_can_be_written_down(bert_fp32, tiny_bert, bert_reference, tmp_path):
+    def spoil(output):
+        return output * np.float32("nan") if len(output) == 2 else output  # only the padding check sends two rows
+
+    worker = lambda *_: Fake(tiny_bert, "cpu", spoil)  # noqa: E731
+    verdict = judge(bert_fp32, tiny_bert, bert_reference, tmp_path, open_worker=worker).verdict
+    assert failures(verdict)["padding_parity"].value is None
+    assert "nan" in failures(verdict)["padding_parity"].reason
+    json.dumps(dataclasses.asdict(verdict), allow_nan=False)
 
 
 def test_what_only_an_interpreter_ran_is_said_so(bert_fp32, tiny_bert, bert_reference, tmp_path):
