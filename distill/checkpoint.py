@@ -43,6 +43,8 @@ def sweep_checkpoints(work: Path, keep: Path | None) -> None:
     for path, _ in _all(work):
         if path != keep:
             shutil.rmtree(path, ignore_errors=True)
+    for path in work.glob(".checkpoint-*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def save_torch_state(value: Any, path: Path) -> None:

@@ -36,6 +36,7 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path):
     assert find_checkpoint(tmp_path) == (newest, 20)
     (newest / "weights.pt").write_bytes((newest / "weights.pt").read_bytes()[:-1])
     assert find_checkpoint(tmp_path) == (tmp_path / "checkpoint-5", 5)
+    (tmp_path / ".checkpoint-7.123.xyz.partial").mkdir()
     sweep_checkpoints(tmp_path, keep=tmp_path / "checkpoint-5")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 
