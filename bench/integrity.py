@@ -154,7 +154,9 @@ def weight_error(grid: str, weight: Floats, decoded: Floats) -> WeightError:
     power = float((wide**2).mean())
     noise = float((error**2).mean()) / power  # relative, squared
     gain = float((wide * decoded).mean()) / power
-    allowed_gain = 5 * np.sqrt(noise / wide.size) + noise + 1e-4
+    # Rounding errors of weights that lie on another grid already (a student made from a GGUF) do not average out:
+    # in 8 bits SmolLM2's embeddings shrink by 0.0015 as a whole.
+    allowed_gain = 5 * np.sqrt(noise / wide.size) + noise + 0.25 / (1 << limit.bits - 1)
     return WeightError(largest, rms, abs(gain - 1) / allowed_gain)
 
 

@@ -88,8 +88,8 @@ def test_limits_widen_with_the_noise_of_the_model_but_not_without_end():
     limits = Faithful(1e-3, 0.97, 2e-3, 2e-2, "why")
     assert limits.for_noise(Noise(1e-6, 1e-5, 0)) is limits
     wider = limits.for_noise(Noise(1e-3, 4e-3, 0.02))
-    assert wider.divergence == pytest.approx(5e-3)
-    assert wider.parity == pytest.approx(2e-2)
+    assert wider.divergence == pytest.approx(3e-3)
+    assert wider.parity == pytest.approx(1.2e-2)
     assert wider.agreement == pytest.approx(0.94)
     assert "0.001" in wider.reason
     widest = limits.for_noise(Noise(5.0, 50.0, 1.0))

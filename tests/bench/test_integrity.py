@@ -18,12 +18,14 @@ def weights(kind, shape=(24, 512), seed=0):
         "outliers": lambda: rng.standard_t(3, size=shape) * 0.02,
         "one-sided": lambda: rng.exponential(0.02, size=shape),
         "uneven-rows": lambda: rng.normal(size=shape) * np.geomspace(1e-4, 1, shape[0])[:, None],
+        "from-another-grid": lambda: ggml("q4_1", weights("gaussian", shape, seed)),
+        "from-q8_0": lambda: ggml("q8_0", weights("gaussian", shape, seed)),
         "some-zero-blocks": lambda: rng.normal(size=shape) * (np.arange(shape[1]) // 32 % 3 > 0),
     }[kind]()
     return values.astype(np.float32)
 
 
-KINDS = ("gaussian", "outliers", "one-sided", "uneven-rows", "some-zero-blocks")
+KINDS = ("gaussian", "from-another-grid", "from-q8_0", "outliers", "one-sided", "uneven-rows", "some-zero-blocks")
 
 
 def affine(grid, weight):
