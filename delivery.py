@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .artifact import Artifact, open_artifact
 from .bench.environment import describe_environment
 from .bench.gates import GateResult, gates_exit_code, judge
-from .bench.pick import HEADLINE, Candidate, Choice, pick
+from .bench.pick import HEADLINE
 from .bench.records import Measurement, Verdict, write_measurements
 from .files import hash_bytes, read_json
 from .judging import read_all_measurements, read_verdicts
@@ -74,10 +74,10 @@ def deliver(
     measurements = read_all_measurements(folder.path, recipe)
     artifacts = _artifacts(recipe, folder.path)
     gates = judge(measurements, recipe.gates) if complete else []
-    choice = _choose(recipe, artifacts, measurements, verdicts, gates) if complete else None
+    headline = ""
     if complete:
         write_measurements(folder / "measurements.jsonl", measurements)
-        _report(recipe, folder, artifacts, measurements, verdicts, gates, problems)
+        headline = _report(recipe, folder, artifacts, measurements, verdicts, gates, problems)
     code = 0
     if problems or any(not verdict.passed for verdict in verdicts):
         code = 1
@@ -89,7 +89,7 @@ def deliver(
         recipe=recipe.name,
         status=status,
         exit_code=code,
-        headline=choice.sentence if choice else "",
+        headline=headline,
         report=str(folder / "report.html") if complete else None,
         model_card=str(folder / "MODEL_CARD.md") if complete else None,
         artifacts=tuple(
@@ -116,21 +116,6 @@ def _artifacts(recipe: Recipe, root: Path) -> dict[str, Artifact]:
                 found[config.variant] = open_artifact(root / room / config.variant, check=False)
                 break
     return found
-
-
-def _choose(
-    recipe: Recipe,
-    artifacts: Mapping[str, Artifact],
-    measurements: Sequence[Measurement],
-    verdicts: Sequence[Verdict],
-    gates: Sequence[GateResult],
-) -> Choice | None:
-    candidates = [Candidate(name, artifact.manifest.format) for name, artifact in artifacts.items()]
-    if not candidates:
-        return None
-    blocked = {gate.subject: f"fails the gate on {gate.metric}" for gate in gates if gate.outcome == "fail"}
-    task = next(iter(artifacts.values())).manifest.task
-    return pick(candidates, measurements, verdicts, task=task, blocked=blocked)
 
 
 def _result(
@@ -171,7 +156,8 @@ def _report(
     verdicts: Sequence[Verdict],
     gates: Sequence[GateResult],
     problems: Mapping[str, str],
-) -> None:
+) -> str:
+    """Write report and card; returns the sentence that says what to ship."""
     from .bench.report import ArtifactFacts, RunFacts, StageFacts, build_report
     from .checkpoints import open_model
 
@@ -206,7 +192,7 @@ def _report(
         environment=describe_environment(),
         problems=[f"{name}: {reason}" for name, reason in problems.items()],
     )
-    build_report(facts, measurements, verdicts, gates, folder.path)
+    return build_report(facts, measurements, verdicts, gates, folder.path).choice.sentence
 
 
 def _model_facts(name: str, model: Any, source: str) -> ModelFacts:

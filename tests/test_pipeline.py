@@ -1,0 +1,312 @@
+"""The main job on tiny models: whole, resumed, killed, broken."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgestill.artifact import open_artifact
+from edgestill.bench.records import read_measurements
+from edgestill.errors import RecipeError, UsageError
+from edgestill.files import hash_tree
+from edgestill.pipeline import RunConfig, rebuild_report, run_recipe
+from edgestill.stages import Observer
+
+RECIPE = """
+name = "tiny"
+[teacher]
+source = "{teacher}"
+[student]
+layers = 2
+[data]
+max_length = 32
+[[data.text]]
+name = "words"
+source = "{text}"
+train = 96
+calibration = 8
+dev = 16
+test = 24
+{more}
+[distill]
+loss = {loss}
+batch_size = 8
+save_every = 4
+threads = 1
+{exports}
+[bench]
+launches = 1
+repeats = 2
+max_seconds = 0.5
+threads = 1
+length = 16
+new_tokens = 4
+tokens = 200
+window = 16
+"""
+EMBEDDING_LOSS = "{ embedding_cosine = 1.0, embedding_gram = 1.0 }"
+LOGITS_LOSS = "{ forward_kl = 1.0 }"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory, sentences: list[str]) -> Path:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("\n".join(sentences))
+    return path
+
+
+def write_recipe(folder: Path, teacher: Path, text: Path, *to: str, loss: str = EMBEDDING_LOSS, more: str = "") -> Path:
+    exports = "\n".join(f'[[export]]\nto = "{variant}"' for variant in to)
+    path = folder / "tiny.toml"
+    path.write_text(RECIPE.format(teacher=teacher, text=text, loss=loss, more=more, exports=exports))
+    return path
+
+
+class Stages(Observer):
+    """Which stages ran, and which were skipped."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        self.skipped: list[str] = []
+
+    def finished(self, name: str, seconds: float, note: str) -> None:
+        self.ran.append(name)
+
+    def unchanged(self, name: str, title: str, note: str) -> None:
+        self.skipped.append(name)
+
+
+# What keeps its own cache is asked every time.
+ALWAYS = {"fetch", "data", "references", "task references"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, text: Path) -> tuple[Path, Any]:
+    """A run of the encoder with one artifact of each format, and its result."""
+    folder = tmp_path_factory.mktemp("encoder")
+    labelled = folder / "labelled.csv"
+    rows = [f"{line},{index % 2}" for index, line in enumerate(text.read_text().splitlines())]
+    labelled.write_text("text,label\n" + "\n".join(rows))
+    more = f'[[data.task]]\nname = "parity"\nsource = "{labelled}"\ntrain = 40\ntest = 20\n'
+    recipe = write_recipe(folder, tiny_bert, text, "onnx:int8", "gguf:q8_0", "coreml:fp16", more=more)
+    return folder, run_recipe(RunConfig(recipe, folder / "runs"))
+
+
+def test_the_whole_way(finished: tuple[Path, Any]) -> None:
+    folder, result = finished
+    run = folder / "runs/tiny"
+    assert (result.status, result.exit_code) == ("passed", 0), [a.failures for a in result.artifacts]
+    levels = {artifact.name: artifact.level for artifact in result.artifacts}
+    assert levels == {
+        "onnx-int8": "device_verified", "gguf-q8_0": "device_verified",
+        "coreml-fp16": "device_verified" if sys.platform == "darwin" else "program_verified",
+    }  # fmt: skip
+    for artifact in result.artifacts:
+        assert open_artifact(run / artifact.folder).manifest.artifact_id == artifact.artifact_id
+        assert artifact.metrics["spearman@words"] > 0
+        assert 0 <= artifact.metrics["accuracy@parity"] <= 1
+    for name in ("report.html", "MODEL_CARD.md", "measurements.jsonl", "recipe.toml", "run.json"):
+        assert (run / name).stat().st_size > 0
+    assert "parity" in (run / "report.html").read_text()
+
+
+def test_numbers_that_can_not_be_taken_are_null_with_a_reason(finished: tuple[Path, Any]) -> None:
+    if sys.platform == "darwin":
+        pytest.skip("Core ML runs natively here")
+    folder, result = finished
+    rows = read_measurements(folder / "runs/tiny/measurements.jsonl")
+    [latency] = [row for row in rows if row.subject == "coreml-fp16" and row.metric == "latency_ms"]
+    assert latency.summary is None
+    assert latency.reason
+    [artifact] = [artifact for artifact in result.artifacts if artifact.name == "coreml-fp16"]
+    assert artifact.metrics["latency_ms"] is None
+
+
+def test_nothing_is_done_twice(finished: tuple[Path, Any]) -> None:
+    folder, first = finished
+    before = (folder / "runs/tiny/report.html").read_text()
+    stages = Stages()
+    again = run_recipe(RunConfig(folder / "tiny.toml", folder / "runs"), stages)
+    assert set(stages.ran) <= ALWAYS
+    assert [a.artifact_id for a in again.artifacts] == [a.artifact_id for a in first.artifacts]
+    assert "Core ML" in before
+
+
+def test_a_changed_bench_measures_again_but_makes_nothing_again(finished: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, _ = finished
+    shutil.copytree(folder / "runs", tmp_path / "runs")
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text((folder / "tiny.toml").read_text().replace("repeats = 2", "repeats = 3"))
+    stages = Stages()
+    run_recipe(RunConfig(recipe, tmp_path / "runs"), stages)
+    assert set(stages.ran) - ALWAYS == {"speed"}
+
+
+def test_a_damaged_artifact_is_made_again(finished: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, first = finished
+    shutil.copytree(folder / "runs", tmp_path / "runs")
+    victim = tmp_path / "runs/tiny/artifacts/onnx-int8/model.onnx"
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(bytes(data))
+    stages = Stages()
+    again = run_recipe(RunConfig(folder / "tiny.toml", tmp_path / "runs"), stages)
+    assert "export:onnx-int8" in stages.ran
+    assert [a.artifact_id for a in again.artifacts] == [a.artifact_id for a in first.artifacts]
+
+
+def test_the_report_can_be_written_anew(finished: tuple[Path, Any]) -> None:
+    folder, _ = finished
+    report = folder / "runs/tiny/report.html"
+    report.unlink()
+    assert rebuild_report(folder / "runs/tiny") == report
+    assert report.stat().st_size > 0
+
+
+def test_a_decoder_as_it_is(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    """No [distill] and no [student]: the model is shipped as it is."""
+    recipe = write_recipe(tmp_path, tiny_llama, text, "onnx:fp32", "gguf:q8_0")
+    lines = recipe.read_text().split("[distill]")
+    bench = "[bench]" + lines[1].partition("[bench]")[2]
+    exports = lines[1][lines[1].index("[[export]]") : lines[1].index("[bench]")]
+    recipe.write_text(lines[0].replace("[student]\nlayers = 2\n", "") + exports + bench)
+    result = run_recipe(RunConfig(recipe, tmp_path / "runs"))
+    assert result.exit_code == 0, [a.failures for a in result.artifacts]
+    assert not (tmp_path / "runs/tiny/student").exists()
+    numbers = {artifact.name: artifact.metrics for artifact in result.artifacts}
+    assert numbers["onnx-fp32"]["kl@words"] < 1e-5
+    assert numbers["gguf-q8_0"]["decode_tokens_per_s"] > 0
+
+
+def test_a_broken_artifact_fails_the_run_after_the_others(
+    tiny_bert: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exporter is sabotaged (two weights of one layer swapped): the verdict must catch it."""
+    import edgestill.export.onnx as exporter
+    from edgestill.export.writer import Weights
+
+    read, write = Weights.__getitem__, exporter.write
+
+    def sabotaged(*arguments: Any) -> Any:
+        with monkeypatch.context() as patch:
+            swap = {"query": "key", "key": "query"}
+            patch.setattr(
+                Weights, "__getitem__",
+                lambda self, name: read(self, re.sub("(?<=layer.0.attention.self.)(query|key)", lambda m: swap[m[1]], name)),
+            )  # fmt: skip
+            return write(*arguments)
+
+    monkeypatch.setattr(exporter, "write", sabotaged)
+    recipe = write_recipe(tmp_path, tiny_bert, text, "onnx:fp32", "gguf:q8_0")
+    result = run_recipe(RunConfig(recipe, tmp_path / "runs"))
+    assert (result.status, result.exit_code) == ("failed", 1)
+    judged = {artifact.name: artifact for artifact in result.artifacts}
+    assert judged["onnx-fp32"].level == "failed"
+    assert judged["onnx-fp32"].folder == "quarantine/onnx-fp32"
+    assert any("query" in failure for failure in judged["onnx-fp32"].failures)
+    assert not (tmp_path / "runs/tiny/artifacts/onnx-fp32").exists()
+    assert judged["gguf-q8_0"].level == "device_verified"
+    assert (tmp_path / "runs/tiny/report.html").exists()
+
+    stages = Stages()
+    again = run_recipe(RunConfig(recipe, tmp_path / "runs"), stages)
+    assert again.exit_code == 1, "it stays failed when nothing has changed"
+    assert set(stages.ran) <= ALWAYS
+
+
+def test_gates_decide_the_exit_code(finished: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, _ = finished
+    shutil.copytree(folder / "runs", tmp_path / "runs")
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text((folder / "tiny.toml").read_text() + "\n[gates]\nmodel_bytes = { max = 10 }\n")
+    result = run_recipe(RunConfig(recipe, tmp_path / "runs"))
+    assert result.exit_code == 1
+    assert {gate.outcome for gate in result.gates} == {"fail"}
+
+
+def test_an_unknown_gate_is_found_before_anything_runs(tiny_bert: Path, text: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_bert, text, "onnx:fp32")
+    recipe.write_text(recipe.read_text() + "\n[gates]\nspaerman = { min = 0.9 }\n")
+    stages = Stages()
+    with pytest.raises(RecipeError, match="spaerman"):
+        run_recipe(RunConfig(recipe, tmp_path / "runs"), stages)
+    assert stages.ran == []
+
+
+def test_a_loss_of_another_task_is_refused(tiny_bert: Path, text: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_bert, text, loss=LOGITS_LOSS)
+    with pytest.raises(UsageError, match="forward_kl"):
+        run_recipe(RunConfig(recipe, tmp_path / "runs"))
+    assert not (tmp_path / "runs/tiny/student").exists()
+
+
+KILL = """
+import os, signal, sys
+from pathlib import Path
+from edgestill.pipeline import RunConfig, run_recipe
+from edgestill.stages import Observer
+
+class Killer(Observer):
+    stage, after = sys.argv[3], int(sys.argv[4])
+    now, calls = "", 0
+    def started(self, name, title):
+        self.now = name
+        if name == self.stage and self.after == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    def advanced(self, message, fraction=None):
+        if self.now == self.stage:
+            self.calls += 1
+            if self.calls >= self.after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+run_recipe(RunConfig(sys.argv[1], Path(sys.argv[2])), Killer())
+"""
+
+
+def killed(recipe: Path, runs: Path, stage: str, after: int) -> bool:
+    """Run until ``stage`` has reported progress ``after`` times, then SIGKILL; whether it came that far."""
+    command = [sys.executable, "-c", KILL, str(recipe), str(runs), stage, str(after)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+
+
+def hashes(run: Path) -> dict[str, str]:
+    found = {"student": hash_tree(run / "student")}
+    for path in sorted((run / "artifacts").iterdir()):
+        found[path.name] = json.loads((path / "artifact.json").read_text())["artifact_id"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("stage", "after"),
+    [
+        ("student", 3),
+        pytest.param("teacher", 1, marks=pytest.mark.slow),
+        pytest.param("student", 1, marks=pytest.mark.slow),
+        pytest.param("student", 8, marks=pytest.mark.slow),
+        pytest.param("export:onnx-int8", 1, marks=pytest.mark.slow),
+        pytest.param("export:coreml-fp16", 2, marks=pytest.mark.slow),
+        pytest.param("references", 1, marks=pytest.mark.slow),
+        pytest.param("verify:gguf-q8_0", 2, marks=pytest.mark.slow),
+        pytest.param("accuracy:student", 1, marks=pytest.mark.slow),
+        pytest.param("tasks:onnx-int8", 1, marks=pytest.mark.slow),
+        pytest.param("speed", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_ends_as_an_undisturbed_one(
+    finished: tuple[Path, Any], tmp_path: Path, stage: str, after: int
+) -> None:
+    folder, _ = finished
+    assert killed(folder / "tiny.toml", tmp_path, stage, after), f"{stage} was never reached"
+    result = run_recipe(RunConfig(folder / "tiny.toml", tmp_path))
+    assert result.exit_code == 0
+    assert hashes(tmp_path / "tiny") == hashes(folder / "runs/tiny")
+    leftovers = list((tmp_path / "tiny").rglob("*.partial"))
+    assert leftovers == []
