@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import signal
 import subprocess
@@ -195,13 +194,14 @@ def test_a_broken_artifact_fails_the_run_after_the_others(
 
     read, write = Weights.__getitem__, exporter.write
 
+    def other(name: str) -> str:
+        if "layer.0.attention.self" not in name:
+            return name
+        return name.replace("query", "\0").replace("key", "query").replace("\0", "key")
+
     def sabotaged(*arguments: Any) -> Any:
         with monkeypatch.context() as patch:
-            swap = {"query": "key", "key": "query"}
-            patch.setattr(
-                Weights, "__getitem__",
-                lambda self, name: read(self, re.sub("(?<=layer.0.attention.self.)(query|key)", lambda m: swap[m[1]], name)),
-            )  # fmt: skip
+            patch.setattr(Weights, "__getitem__", lambda self, name: read(self, other(name)))
             return write(*arguments)
 
     monkeypatch.setattr(exporter, "write", sabotaged)
