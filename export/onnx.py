@@ -16,7 +16,7 @@ from ..checkpoints import ModelFolder
 from ..errors import MissingDependency, Unsupported
 from ..progress import Progress, silent
 from .onnx_file import EXTERNAL_BYTES, Spool
-from .onnx_graph import ENCODER_SCHEMES, MICROSOFT, SCHEMES, Graph
+from .onnx_graph import ENCODER_SCHEMES, MICROSOFT, SCHEMES, Graph, Scheme
 from .writer import Draft, Weights, context_length
 
 if TYPE_CHECKING:
@@ -51,10 +51,11 @@ def write(
 
     length = context_length(model, config)
     schemes = SCHEMES if model.task == "text-generation" else ENCODER_SCHEMES
+    scheme = schemes[config.quantisation]
     spool = Spool(folder)
     try:
         progress(f"{config.variant}: writing the graph", 0.0)
-        graph = Graph(Weights(model.path), schemes[config.quantisation], spool)
+        graph = Graph(Weights(model.path), scheme, spool)
         kv_bytes = None
         if model.task == "text-generation":
             from .onnx_decoder import build_decoder
@@ -79,7 +80,7 @@ def write(
         max_length=length,
         contents=describe(config.quantisation, graph),
         dtype_histogram=found,
-        minimum_runtime={"onnxruntime": minimum_runtime(config.quantisation, model.task), "opset": str(OPSET),
+        minimum_runtime={"onnxruntime": minimum_runtime(scheme), "opset": str(OPSET),
                          "ir": str(IR_VERSION)},
         kv_cache_bytes_per_token=kv_bytes,
         pooling_in_graph=model.task == "feature-extraction",
@@ -111,6 +112,9 @@ def describe(quantisation: str, graph: Graph) -> str:
     return f"{quantisation}: " + ", ".join(parts)
 
 
-def minimum_runtime(quantisation: str, task: str) -> str:
-    """Oldest ONNX Runtime that was seen to load and run the variant."""
-    return "1.32.0"
+def minimum_runtime(scheme: Scheme) -> str:
+    """Oldest ONNX Runtime that was seen to run such a file as 1.32 does (1.20.1, 1.21.1, 1.22.1, 1.23.2 were tried).
+
+    Before 1.23, GatherBlockQuantized knows no 8-bit codes.
+    """
+    return "1.20" if scheme.default.way == "float" else "1.23"

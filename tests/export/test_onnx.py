@@ -54,6 +54,12 @@ def test_manifest_of_an_encoder(tiny_bert: Path, tmp_path: Path) -> None:
     assert manifest.kv_cache_bytes_per_token is None
 
 
+@pytest.mark.parametrize(("quantisation", "oldest"), [("fp16", "1.20"), ("int8", "1.23"), ("int8-dynamic", "1.23")])
+def test_minimum_runtime(quantisation: str, oldest: str, tiny_bert: Path, tmp_path: Path) -> None:
+    minimum = _export(tiny_bert, tmp_path / "a", quantisation).manifest.minimum_runtime
+    assert minimum == {"onnxruntime": oldest, "opset": "18", "ir": "9"}
+
+
 def test_labels_travel(tiny_classifier: Path, tmp_path: Path) -> None:
     assert _export(tiny_classifier, tmp_path / "a").manifest.labels == ("bad", "fair", "good")
 
