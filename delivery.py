@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .artifact import Artifact, open_artifact
-from .bench.environment import describe_environment
+from .bench.environment import describe_environment, package_versions
 from .bench.gates import GateResult, gates_exit_code, judge
 from .bench.pick import HEADLINE
 from .bench.records import Measurement, Verdict, write_measurements
@@ -16,7 +16,7 @@ from .files import hash_bytes, read_json
 from .judging import read_all_measurements, read_verdicts
 from .recipe import Recipe
 from .recipe_text import dump_recipe
-from .stages import RunFolder, library_versions
+from .stages import RunFolder
 
 if TYPE_CHECKING:
     from .bench.report.facts import ArtifactFacts, DataFacts, DistillFacts, ModelFacts
@@ -61,7 +61,7 @@ class RunResult:
     problems: Mapping[str, str]
     stages: Mapping[str, float]
     unchanged: tuple[str, ...] = ()
-    versions: Mapping[str, str] = field(default_factory=library_versions)
+    versions: Mapping[str, str] = field(default_factory=package_versions)
     schema_version: int = 1
 
 
@@ -186,7 +186,7 @@ def _report(
         ],
         recipe_text=text,
         recipe_sha256=hash_bytes(text.encode()),
-        versions=library_versions(),
+        versions=package_versions(),
         seeds={"data": recipe.data.seed, "bench": recipe.bench.seed}
         | ({"distill": recipe.distill.seed} if recipe.distill else {}),
         environment=describe_environment(),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from .stages import usable_threads
+from .bench.environment import usable_threads
 
 __all__ = ["DoctorReport", "Finding", "doctor"]
 

@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .artifact import Artifact, open_artifact
+from .bench.environment import usable_threads
 from .delivery import RunResult, deliver
 from .errors import EdgestillError, MissingDependency, ResourceExhausted, UsageError, nearest
 from .files import atomic_write, hash_json
 from .judging import Judge, Subjects
 from .recipe import ExportConfig, Recipe, find_recipe, load_recipe
 from .recipe_text import dump_recipe
-from .stages import Observer, RunFolder, usable_threads
+from .stages import Observer, RunFolder
 
 if TYPE_CHECKING:
     from .checkpoints import ModelFolder

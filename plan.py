@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .bench.environment import usable_threads
 from .doctor import doctor
 from .errors import EdgestillError
 from .fetch import find_cached
 from .inspection import Inspection, inspect_model
 from .recipe import Recipe, find_recipe, load_recipe
 from .recipe_text import dump_recipe
-from .stages import usable_threads
 
 __all__ = ["Plan", "PlanProblem", "PlanStep", "PlanVariant", "plan_recipe"]
 

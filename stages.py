@@ -9,30 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import importlib.metadata
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .bench.environment import package_versions
 from .errors import UsageError
 from .files import atomic_write, hash_json, hash_tree, read_json
 
-__all__ = ["Observer", "RunFolder", "StageRecord", "library_versions", "usable_threads"]
+__all__ = ["Observer", "RunFolder", "StageRecord"]
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 SCHEMA_VERSION = 1
-# Libraries whose version may change what a stage writes.
-LIBRARIES = (
-    "torch", "transformers", "accelerate", "numpy", "onnx", "onnxruntime", "onnxscript", "coremltools", "gguf",
-    "llama-cpp-python",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,16 +59,6 @@ class Observer:
 
 
 Intact = Callable[[Mapping[str, Any]], bool]
-
-
-@functools.cache
-def library_versions() -> dict[str, str]:
-    """Versions of edgestill, Python and the libraries that are installed."""
-    found = {"python": platform.python_version()}
-    for name in ("edgestill", *LIBRARIES):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 class RunFolder:
@@ -119,7 +101,7 @@ class RunFolder:
 
     def _write(self) -> None:
         rows = {name: dataclasses.asdict(record) for name, record in self._records.items()}
-        document = {"schema_version": SCHEMA_VERSION, "versions": library_versions(), "stages": rows}
+        document = {"schema_version": SCHEMA_VERSION, "versions": package_versions(), "stages": rows}
         atomic_write(self.path / RUN_FILE, json.dumps(document, indent=1) + "\n")
 
     def __truediv__(self, name: str) -> Path:
@@ -184,9 +166,4 @@ class RunFolder:
 
 
 def _input_hash(inputs: Mapping[str, Any]) -> str:
-    return hash_json({"inputs": inputs, "versions": library_versions()})
-
-
-def usable_threads() -> int:
-    """CPU threads that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return hash_json({"inputs": inputs, "versions": package_versions()})

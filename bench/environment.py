@@ -5,6 +5,7 @@ What a machine doesn't tell (a frequency governor inside a virtual machine) is `
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import time
@@ -13,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BUSY_FRACTION", "LoadProbe", "describe_environment", "device_label", "package_versions"]
+__all__ = ["BUSY_FRACTION", "LoadProbe", "describe_environment", "device_label", "package_versions", "usable_threads"]
 
 # Share of all cores that other processes (or the hypervisor) may use before timings are flagged.
 BUSY_FRACTION = 0.10
@@ -25,11 +26,12 @@ _FLAGS = {
 }
 
 _PACKAGES = (
-    "edgestill", "numpy", "scipy", "torch", "transformers", "tokenizers", "optimum", "onnx", "onnxruntime",
-    "onnxscript", "coremltools", "gguf", "llama-cpp-python",
+    "edgestill", "numpy", "scipy", "torch", "transformers", "accelerate", "tokenizers", "optimum", "onnx",
+    "onnxruntime", "onnxscript", "coremltools", "gguf", "llama-cpp-python",
 )  # fmt: skip
 
 
+@functools.cache
 def package_versions() -> dict[str, str]:
     """Versions of Python and of those packages that decide results, as far as they are installed."""
     found = {"python": platform.python_version()}
@@ -58,7 +60,7 @@ def describe_environment(*, root: Path = Path("/"), versions: Mapping[str, str] 
         "cpu_flags": flags,
         "cores_physical": psutil.cpu_count(logical=False),
         "cores_logical": psutil.cpu_count(logical=True),
-        "cores_usable": _usable_cores(),
+        "cores_usable": usable_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "governor": governor,
         "governor_reason": reason,
@@ -105,7 +107,8 @@ class LoadProbe:
         }
 
 
-def _usable_cores() -> int:
+def usable_threads() -> int:
+    """CPU threads that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from edgestill.bench.environment import package_versions
 from edgestill.errors import UsageError
-from edgestill.stages import Observer, RunFolder, library_versions
+from edgestill.stages import Observer, RunFolder
 
 
 class Recorder(Observer):
@@ -65,9 +66,9 @@ def test_a_damaged_output_runs_it_again(tmp_path: Path, damage: str) -> None:
     assert again.events[0] == ("started", "write")
 
 
-def test_other_library_versions_run_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_package_versions_run_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, {"a": 1})
-    monkeypatch.setattr("edgestill.stages.library_versions", lambda: {**library_versions(), "torch": "0"})
+    monkeypatch.setattr("edgestill.stages.package_versions", lambda: {**package_versions(), "torch": "0"})
     again, _ = run(tmp_path, {"a": 1})
     assert again.events[0] == ("started", "write")
 
