@@ -1,4 +1,4 @@
-"""GGUF for llama.cpp and what stands on it (Ollama, LM Studio): a model folder in, one verified-to-load file out."""
+"""GGUF for llama.cpp and what stands on it (Ollama, LM Studio): a model folder in, one file out."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write(
     _write_floats(floats, model, metadata, placed, weights, kind == "f16", config.variant, progress)
     if floats != target:
         progress(f"{config.variant}: quantising with llama.cpp", 0.6)
-        gguf_native.quantise(floats, target, kind, len(os.sched_getaffinity(0)))
+        gguf_native.quantise(floats, target, kind, _threads())
         floats.unlink()
     with GgufFile(target) as written:
         histogram = written.histogram()
@@ -110,6 +110,11 @@ def _write_floats(
         return sources[name].transform(weights[sources[name].name])
 
     write_gguf(path, dict(metadata), slots, read)
+
+
+def _threads() -> int:
+    """CPUs that this process may use; the bytes don't depend on it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _output(model: ModelFolder) -> TensorSpec:
