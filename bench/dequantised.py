@@ -37,7 +37,7 @@ HALF_NOISE = 2**-12  # rounding to float16: the root mean square of the relative
 
 
 def dequantised_model(artifact: Artifact, student: Path) -> tuple[Any, frozenset[Activation]]:
-    """The torch module of ``student`` with the artifact's weights, and the kinds of activations that it simulates.
+    """The torch module of ``student`` with the artifact's weights, and the kinds of activations that it meets.
 
     Parameters that the weight map does not name keep the student's value. Memory: the model once, and the largest
     tensor. Raises :class:`BadInput` when the map names a parameter that the model does not have.
@@ -98,7 +98,7 @@ def head_of_tied(tensors: Iterable[StoredTensor]) -> StoredTensor | None:
 
 def simulate_activations(root: Any, kinds: Mapping[str, Activation]) -> frozenset[Activation]:
     """Hook every ``nn.Linear`` of ``root`` whose weight has a kind in ``kinds`` (by parameter name; ``"\\0head"`` is
-    the output head); returns the kinds that are simulated."""
+    the output head); returns the kinds that were met."""
     from torch import nn
 
     used: set[Activation] = set()
@@ -110,17 +110,18 @@ def simulate_activations(root: Any, kinds: Mapping[str, Activation]) -> frozense
         kind = kinds.get(f"{name}.weight", "none")
         if module is head and "\0head" in kinds:
             kind = kinds["\0head"]
-        if kind == "none":
+        if kind != "none":
+            used.add(kind)
+        if kind in ("none", "float16-maybe"):
             continue
-        used.add(kind)
         module.register_forward_pre_hook(lambda _, inputs, kind=kind: (quantise_activation(inputs[0], kind),))
         if kind == "float16":
             module.register_forward_hook(lambda _, __, output: output.half().float())
     return frozenset(used)
 
 
-def jitter(model: Any, *, attention: float = 0.0, seed: int = 0) -> None:
-    """Hook every ``nn.Linear`` of ``model`` to multiply its input by ``1 + 3e-7 * normal``, before it is quantised.
+def jitter(model: Any, *, inputs: float = JITTER, attention: float = 0.0, seed: int = 0) -> None:
+    """Hook every ``nn.Linear`` of ``model`` to multiply its input by ``1 + inputs * normal``, before it is quantised.
 
     ``attention`` is the relative size of further noise on keys and values, for a runtime that keeps them in float16.
     """
@@ -134,7 +135,7 @@ def jitter(model: Any, *, attention: float = 0.0, seed: int = 0) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear):
             continue
-        module.register_forward_pre_hook(lambda _, inputs: (noisy(inputs[0], JITTER), *inputs[1:]), prepend=True)
+        module.register_forward_pre_hook(lambda _, given: (noisy(given[0], inputs), *given[1:]), prepend=True)
         if attention and name.rpartition(".")[2] in _KEYS_AND_VALUES:
             module.register_forward_hook(lambda _, __, output: noisy(output, attention))
 

@@ -228,7 +228,7 @@ class _Run:
             reason = "not applicable: an artifact of another tool has no tensors.json"
             self.checks.append(Check("faithful", "faithful", True, reason=reason))
             return limits
-        from .dequantised import HALF_NOISE, dequantised_model, jitter, noise_of
+        from .dequantised import HALF_NOISE, JITTER, dequantised_model, jitter, noise_of
 
         self.progress("comparing with its own weights in torch", 0.6)
         model, kinds = dequantised_model(self.artifact, self.student)
@@ -241,7 +241,11 @@ class _Run:
         try:
             with torch_forward(model, self.options.threads) as forward:
                 write_reference(out, task, inputs, forward, facts={}, batch_size=batch)
-                jitter(model, attention=HALF_NOISE if self.manifest.format == "gguf" else 0.0)
+                jitter(
+                    model,
+                    inputs=HALF_NOISE if "float16-maybe" in kinds else JITTER,
+                    attention=HALF_NOISE if self.manifest.format == "gguf" else 0.0,
+                )
                 limits = limits.for_noise(noise_of(forward, out, batch))
             del model, forward
             scores = worker.score(out, batch)

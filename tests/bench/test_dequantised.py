@@ -110,7 +110,7 @@ def test_a_tied_head_that_is_stored_apart_is_found():
     [
         ("onnx", "int8", "uint8-tensor"), ("onnx", "int4-b32", "int8-b32"),
         ("onnx", "int8-b64", "int8-b64"), ("onnx", "float32", "none"),
-        ("onnx", "float16", "float16"), ("gguf", "q4_k", "q8_k"), ("gguf", "q4_0", "q8_0"),
+        ("onnx", "float16", "float16-maybe"), ("gguf", "q4_k", "q8_k"), ("gguf", "q4_0", "q8_0"),
         ("gguf", "f16", "float16-in"),
         ("gguf", "f32", "none"), ("coreml", "int8-channel", "float16"),
     ],
