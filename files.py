@@ -24,6 +24,7 @@ __all__ = [
     "hash_file",
     "hash_json",
     "hash_tree",
+    "is_alive",
     "list_files",
     "read_json",
     "safe_join",
@@ -143,7 +144,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     for stale in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
         owner = stale.name.removeprefix(f".{target.name}.").split(".")[0]
-        if not (owner.isdigit() and _is_alive(int(owner))):
+        if not (owner.isdigit() and is_alive(int(owner))):
             shutil.rmtree(stale, ignore_errors=True)
     with disk_errors(target):
         prefix = f".{target.name}.{os.getpid()}."
@@ -169,7 +170,8 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             raise
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process with this number exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

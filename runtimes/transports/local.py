@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from ...errors import WorkerError
+from ...files import is_alive
 from ..protocol import MAX_LINE_BYTES, Exchange, exchange_root, pack, rebuild_error, unpack
 from ..session import SessionOptions
 from ..worker import thread_environment
@@ -226,16 +227,6 @@ def _make_exchange() -> Path:
     root = exchange_root()
     for stale in root.glob(f"{_PREFIX}*"):
         owner = stale.name.removeprefix(_PREFIX).partition("-")[0]
-        if owner.isdigit() and not _exists(int(owner)):
+        if owner.isdigit() and not is_alive(int(owner)):
             shutil.rmtree(stale, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=root))
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
