@@ -18,7 +18,7 @@ from rich.padding import Padding
 
 from edgestill.bench.environment import usable_threads
 from edgestill.errors import EdgestillError
-from edgestill.terminal import print_error, print_table, stderr
+from edgestill.terminal import print_error, stderr
 
 from .context import Context
 from .registry import Row, Subject, Taken, Unavailable, judge, load_groups, select
@@ -99,12 +99,12 @@ def _number(value: float) -> str:
 
 def _list(subjects: Sequence[Subject]) -> None:
     figures = list(dict.fromkeys(subject.figure for subject in subjects))
-    table = [
-        (one.group, one.id, one.title, one.peer, " ".join(one.variants),
-         "" if one.limit is None else f"{_SIGNS[one.sense]} {one.limit:g} {one.unit}")
-        for one in figures
-    ]  # fmt: skip
-    print_table("figures", ("group", "figure", "what", "beside", "[variant]", "limit"), table, text=6)
+    width = max(len(one.id) for one in figures)
+    for one in figures:
+        limit = "" if one.limit is None else f"{_SIGNS[one.sense]} {one.limit:g} {one.unit}"
+        stderr.print(f"{one.group:8} {one.id.ljust(width)}  {limit}", markup=False, soft_wrap=True)
+        variants = f"; variants: {' '.join(one.variants)}" if one.variants else ""
+        stderr.print(Padding(f"[dim]{escape(f'{one.title}; beside: {one.peer}{variants}')}[/]", (0, 0, 0, 9)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -142,7 +142,7 @@ def _peer(context: Context, to: str) -> Callable[[], Launch]:
     else:
         prepared = context.environment(LLAMA_CPP_CONVERTER)
         script = prepared.source / "vendor/llama.cpp/convert_hf_to_gguf.py"
-        arguments = [model, "--outfile", target, "--outtype", to.partition(":")[2]]
+        arguments: list[str | Path] = [model, "--outfile", target, "--outtype", to.partition(":")[2]]
 
         def run() -> Launch:
             context.progress("convert_hf_to_gguf.py")
