@@ -17,7 +17,7 @@ from .terminal import print_table, stderr
 
 __all__ = ["show"]
 
-_MARKS = {"device_verified": "✔", "program_verified": "✔ program", "failed": "✘ failed", "not_verified": "?"}
+_MARKS = {"device_verified": "✔", "program_verified": "(✔)", "failed": "✘", "not_verified": "?"}
 _TITLES = {
     "model_bytes": "size", "latency_ms": "latency", "decode_tokens_per_s": "decode", "prefill_tokens_per_s": "prefill",
     "load_ms": "load", "peak_memory_bytes": "memory", "top1_agreement": "top-1", "perplexity_ratio": "perplexity ×",
@@ -129,7 +129,9 @@ def _artifacts(artifacts: Sequence[ArtifactResult], baselines: Mapping[str, Mapp
     for name, metrics in numbers.items():
         cells = [_cell(key, metrics.get(key)) for key in keys]
         rows.append([name, _MARKS[levels[name]] if name in levels else "torch", *cells])
-    print_table("", ("", "verdict", *(_title(key) for key in keys)), rows)
+    print_table("", ("", "", *(_title(key) for key in keys)), rows)
+    if any(level == "program_verified" for level in levels.values()):
+        stderr.print(" (✔) the program was verified by edgestill's interpreter, not on a Mac", style="dim")
     for artifact in artifacts:
         for failure in artifact.failures:
             stderr.print(f"✘ {artifact.name}: {failure}", style="red", markup=False, soft_wrap=True)
@@ -141,7 +143,8 @@ _WANTED = ("model_bytes", "latency_ms", "decode_tokens_per_s", "kl", "spearman",
 def _title(key: str) -> str:
     metric, _, data = key.partition("@")
     title = _TITLES.get(metric, metric)
-    return f"{title} {data}" if data else title
+    short = data if len(data) <= 9 else data[:8] + "…"
+    return f"{title}\n{short}" if data else title
 
 
 def _cell(key: str, value: float | None) -> str:

@@ -95,7 +95,8 @@ def print_table(
     """A table: the first ``text`` columns are text, on the left; the others are numbers, to the right."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1), header_style="dim")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < text else "right", overflow="fold")
+        left = index < text
+        table.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=index == 0 and text == 1)
     for row in rows:
         table.add_row(*[_escape("—" if cell is None else str(cell)) for cell in row])
     console.print(table)

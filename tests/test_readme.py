@@ -1,0 +1,52 @@
+"""The README's commands run as they stand there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgestill import cli
+
+ROOT = Path(__file__).parent.parent
+
+
+def commands() -> list[list[str]]:
+    """Each `edgestill …` line of the README's sh blocks, without its comment."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("edgestill ")]
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+def test_every_command_of_the_readme_works(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In their order, in one folder, `my-model` being a plain Transformers folder."""
+    found = commands()
+    assert {command[0] for command in found} >= {"doctor", "init", "plan", "run", "export", "verify", "bench"}
+    shutil.copytree(tiny_bert, tmp_path / "my-model", ignore=shutil.ignore_patterns("edgestill.json"))
+    monkeypatch.chdir(tmp_path)
+    for command in found:
+        monkeypatch.setattr(sys, "argv", ["edgestill", *command])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code, f"edgestill {shlex.join(command)}: {capfd.readouterr().err}"
+    assert (tmp_path / "runs/my-model/report.html").exists()
+
+
+def test_the_two_commands_are_targets_of_the_makefile() -> None:
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^make ([a-z-]+)", blocks, re.MULTILINE)
+    assert targets[:2] == ["demo", "test"]
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
