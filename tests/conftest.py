@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
-import pytest
+# Tiny models gain nothing from threads, and threads of several test processes get in each other's way. Set before
+# torch or numpy is imported; tests of threads set their own.
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+import pytest  # noqa: E402
 
 WORDS = (
     "the a of and to in is it was that film movie story actor plot scene good bad great awful funny dull moving "
