@@ -11,7 +11,7 @@ from .artifact import Artifact, open_artifact
 from .bench.environment import describe_environment, package_versions
 from .bench.gates import GateResult, gates_exit_code, judge
 from .bench.pick import HEADLINE
-from .bench.records import Measurement, Verdict, write_measurements
+from .bench.records import Check, Measurement, Verdict, write_measurements
 from .files import hash_bytes, read_json
 from .judging import read_all_measurements, read_verdicts
 from .recipe import Recipe
@@ -121,7 +121,7 @@ def _artifacts(recipe: Recipe, root: Path) -> dict[str, Artifact]:
 def _result(
     name: str, artifact: Artifact, root: Path, verdict: Verdict | None, measurements: Sequence[Measurement]
 ) -> ArtifactResult:
-    failures = [f"{check.name}: {check.reason or check.value}" for check in verdict.failures] if verdict else []
+    failures = [_failure(check) for check in verdict.failures] if verdict else []
     return ArtifactResult(
         name=name,
         folder=artifact.path.relative_to(root).as_posix(),
@@ -131,6 +131,12 @@ def _result(
         failures=tuple(failures),
         metrics=_numbers(name, measurements),
     )
+
+
+def _failure(check: Check) -> str:
+    """One line: which check, what it found, in which tensor first."""
+    found = check.reason or f"{check.value}"
+    return f"{check.name}: {found}" + (f"; first in {check.first_tensor}" if check.first_tensor else "")
 
 
 def _numbers(name: str, measurements: Sequence[Measurement]) -> dict[str, float | None]:

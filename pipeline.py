@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .artifact import Artifact, open_artifact
 from .bench.environment import usable_threads
+from .bench.metrics import find_metric
 from .delivery import RunResult, deliver
 from .errors import EdgestillError, MissingDependency, ResourceExhausted, UsageError, nearest
 from .files import atomic_write, hash_json
@@ -94,6 +95,8 @@ class Run:
 
     def until(self, last: str) -> RunResult:
         """All stages up to ``last``."""
+        for metric in self.recipe.gates:
+            find_metric(metric)  # a mistyped gate is found now, not after the work
         atomic_write(self.folder / "recipe.toml", dump_recipe(self.recipe))
         done = STAGES[: STAGES.index(last) + 1]
         source = self._fetch()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .bench.environment import usable_threads
+from .bench.metrics import find_metric
 from .doctor import doctor
 from .errors import EdgestillError
 from .fetch import find_cached
@@ -109,6 +110,9 @@ class _Draft:
         recipe = self.recipe
         to_fetch = self._sources()
         self._packages()
+        for metric in recipe.gates:
+            with self._collecting():
+                find_metric(metric)
         facts = self._facts()
         variants = self._variants()
         steps = self._steps(to_fetch)
