@@ -24,7 +24,7 @@ demo: setup ## run the main job on real input: RECIPE=minilm (default) or smollm
 	@$(BIN)/edgestill run $(RECIPE)
 
 test: setup ## run the tests that need no real model (minutes)
-	@$(BIN)/pytest -n auto -m "not slow" $(ARGS)
+	@$(BIN)/pytest -n auto --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: setup ## run the tests on real models and real text too (longer)
 	@$(BIN)/pytest -n auto -m slow $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from edgestill.artifact import open_artifact
@@ -17,6 +19,7 @@ from edgestill.bench.records import read_measurements
 from edgestill.errors import RecipeError, UsageError
 from edgestill.files import hash_tree
 from edgestill.pipeline import RunConfig, rebuild_report, run_recipe
+from edgestill.schemas import FOLDER
 from edgestill.stages import Observer
 
 RECIPE = """
@@ -115,6 +118,19 @@ def test_the_whole_way(finished: tuple[Path, Any]) -> None:
     for name in ("report.html", "MODEL_CARD.md", "measurements.jsonl", "recipe.toml", "run.json"):
         assert (run / name).stat().st_size > 0
     assert "parity" in (run / "report.html").read_text()
+
+
+def test_the_document_fits_its_schema(finished: tuple[Path, Any]) -> None:
+    folder, result = finished
+    document = json.loads(json.dumps(dataclasses.asdict(result), allow_nan=False))
+    jsonschema.validate(document, json.loads((FOLDER / "run.json").read_text()))
+    lines = (folder / "runs/tiny/measurements.jsonl").read_text().splitlines()
+    schema = json.loads((FOLDER / "measurement.json").read_text())
+    for line in lines:
+        jsonschema.validate(json.loads(line), schema)
+    for name in ("onnx-int8", "gguf-q8_0", "coreml-fp16"):
+        manifest = json.loads((folder / "runs/tiny/artifacts" / name / "artifact.json").read_text())
+        jsonschema.validate(manifest, json.loads((FOLDER / "artifact.json").read_text()))
 
 
 def test_numbers_that_can_not_be_taken_are_null_with_a_reason(finished: tuple[Path, Any]) -> None:
@@ -251,6 +267,7 @@ KILL = """
 import os, signal, sys
 from pathlib import Path
 from edgestill.pipeline import RunConfig, run_recipe
+from edgestill.schemas import FOLDER
 from edgestill.stages import Observer
 
 class Killer(Observer):

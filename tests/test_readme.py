@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from edgestill import cli
+from edgestill.schemas import FOLDER
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,16 +28,21 @@ def commands() -> list[list[str]]:
 def test_every_command_of_the_readme_works(
     tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """In their order, in one folder, `my-model` being a plain Transformers folder."""
+    """In their order, in one folder, `my-model` being a plain Transformers folder; their documents fit the schemas."""
     found = commands()
     assert {command[0] for command in found} >= {"doctor", "init", "plan", "run", "export", "verify", "bench"}
     shutil.copytree(tiny_bert, tmp_path / "my-model", ignore=shutil.ignore_patterns("edgestill.json"))
     monkeypatch.chdir(tmp_path)
     for command in found:
-        monkeypatch.setattr(sys, "argv", ["edgestill", *command])
+        documented = command[0] in ("run", "plan", "export", "verify", "bench", "doctor")
+        monkeypatch.setattr(sys, "argv", ["edgestill", *command, *(["--json"] if documented else [])])
         with pytest.raises(SystemExit) as stop:
             cli.main()
-        assert not stop.value.code, f"edgestill {shlex.join(command)}: {capfd.readouterr().err}"
+        printed = capfd.readouterr()
+        assert not stop.value.code, f"edgestill {shlex.join(command)}: {printed.err}"
+        if documented:
+            schema = json.loads((FOLDER / f"{command[0]}.json").read_text())
+            jsonschema.validate(json.loads(printed.out), schema)
     assert (tmp_path / "runs/my-model/report.html").exists()
 
 
