@@ -83,7 +83,8 @@ def test_variants_are_named_by_what_they_are() -> None:
     assert (ExportConfig(to="gguf:q4_k_m").format, ExportConfig(to="gguf:q4_k_m").quantisation) == ("gguf", "q4_k_m")
 
 
-def test_recipes_are_found_by_path_or_by_name(tmp_path: Path) -> None:
+def test_recipes_are_found_by_path_or_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # in a checkout, recipes/NAME.toml is a file of its own beside the installed one
     path = tmp_path / "own.toml"
     path.write_text(BASE)
     assert find_recipe(path) == path
