@@ -33,6 +33,7 @@ lint: setup ## ruff: style and formatting
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 types: setup ## mypy --strict
+	@rm -rf build # what an earlier wheel left there would be seen as part of the package
 	@$(BIN)/mypy -p edgestill
 
 peers: setup ## measure us side by side with other tools: NAMES="cli export decode"
