@@ -30,7 +30,7 @@ from .journal import Journal
 from .losses import LOSSES, select_losses
 from .objective import Objective
 from .result import DistillResult
-from .student import choose_layers, make_student, map_layers
+from .student import StudentPlan, make_student, map_layers, plan_student
 from .teacher import Teacher
 from .trainer import CLOCK_FILE, DistillTrainer, training_arguments
 
@@ -52,7 +52,7 @@ class Job:
     """Everything that decides the outcome."""
 
     teacher: ModelFolder
-    keep: tuple[int, ...]
+    plan: StudentPlan
     config: DistillConfig
     train: Examples
     dev: Examples
@@ -81,7 +81,7 @@ class Job:
             {
                 "version": VERSION,
                 "teacher": self.teacher.model_id,
-                "keep": self.keep,
+                "plan": self.plan.digest(),
                 "config": self.config.model_dump(mode="json", exclude=NOT_IDENTITY),
                 "train": self.train.digest(),
                 "dev": self.dev.digest(),
@@ -103,12 +103,12 @@ def run(
 ) -> DistillResult:
     """See :func:`edgestill.distill.distill`."""
     folder = open_model(teacher)
-    keep = choose_layers(student, folder.layers)
+    plan = plan_student(folder, student)
     if config is None:
         with quiet():
-            _write(make_student(folder, keep), load_tokenizer(teacher), out, folder, _card(folder, keep), None)
-        return DistillResult(out, keep, folder.layers)
-    job = _prepare(folder, keep, config, data, max_length)
+            _write(make_student(folder, plan), load_tokenizer(teacher), out, folder, _card(folder, plan), None)
+        return DistillResult(out, plan.keep, folder.layers)
+    job = _prepare(folder, plan, config, data, max_length)
     identity = job.identity()
     done = _finished(out, work, identity)
     if done is not None:
@@ -118,7 +118,7 @@ def run(
         return _train(job, out, work, identity, progress)
 
 
-def _prepare(folder: ModelFolder, keep: tuple[int, ...], config: DistillConfig, data: DataSets, max_length: int) -> Job:
+def _prepare(folder: ModelFolder, plan: StudentPlan, config: DistillConfig, data: DataSets, max_length: int) -> Job:
     losses = select_losses({str(name): weight for name, weight in config.loss.items()}, folder.task)
     tokenizer = load_tokenizer(folder.path)
     length = min(max_length, folder.max_length)
@@ -135,7 +135,7 @@ def _prepare(folder: ModelFolder, keep: tuple[int, ...], config: DistillConfig, 
         raise BadInput("[distill] found no text to learn from", hint="set `train` in a [[data.text]]")
     group = config.batch_size * config.gradient_accumulation
     steps = config.max_steps or max(1, round(config.epochs * len(train) / group))
-    return Job(folder, keep, config, train, dev, tokenizer, steps)
+    return Job(folder, plan, config, train, dev, tokenizer, steps)
 
 
 def _labelled(folder: ModelFolder, data: DataSets) -> list[tuple[str, int]]:
@@ -156,9 +156,9 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     began = time.monotonic()
     config, folder = job.config, job.teacher
     arguments = training_arguments(config, job.steps, work)
-    mapped = map_layers(config.layer_map, job.keep, folder.layers) if config.loss.get("hidden_states") else ()
+    mapped = map_layers(config.layer_map, job.plan.keep, folder.layers) if config.loss.get("hidden_states") else ()
     teacher = Teacher(folder, mapped, job.pad_id, arguments.device)
-    model = make_student(folder, job.keep).to(arguments.device)
+    model = make_student(folder, job.plan).to(arguments.device)
     held_out = HeldOut(job.dev, teacher, job.vocab_size)
     objective = Objective(
         model, folder.task, job.weights, temperature=config.temperature, vocab_size=job.vocab_size,
@@ -184,10 +184,10 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     tokens = int(trainer.state.num_input_tokens_seen)
     before, after = journal.rows[0]["dev"], held_out.measure(model)
     journal.append({"step": job.steps, "tokens": tokens, "dev": after})
-    card = _card(folder, job.keep, job, tokens, before, after)
+    card = _card(folder, job.plan, job, tokens, before, after)
     _write(model.to("cpu"), job.tokenizer, out, folder, card, journal)
     result = DistillResult(
-        path=out, keep=job.keep, teacher_layers=folder.layers, steps=job.steps, tokens_seen=tokens,
+        path=out, keep=job.plan.keep, teacher_layers=folder.layers, steps=job.steps, tokens_seen=tokens,
         seconds=round(trainer.seconds, 3), dev_before=before, dev_after=after, curves=tuple(journal.rows),
     )  # fmt: skip
     facts = {**dataclasses.asdict(result), "path": None}
@@ -214,7 +214,7 @@ def _write(
 
 def _card(
     folder: ModelFolder,
-    keep: tuple[int, ...],
+    plan: StudentPlan,
     job: Job | None = None,
     tokens: int = 0,
     before: dict[str, float] | None = None,
@@ -226,7 +226,7 @@ def _card(
         "teacher_id": folder.model_id,
         "task": folder.task,
         "teacher_layers": folder.layers,
-        "keep": list(keep),
+        "keep": list(plan.keep),
         "trained": job is not None,
     }
     if job is None:

@@ -11,7 +11,7 @@ from edgestill.distill.batches import Examples, collate
 from edgestill.distill.losses import forward_kl
 from edgestill.distill.objective import Objective, Projectors, count_items
 from edgestill.distill.signal import Dense
-from edgestill.distill.student import make_student
+from edgestill.distill.student import StudentPlan, make_student
 from edgestill.distill.teacher import Teacher
 
 GENERATION = {"forward_kl": 0.9, "cross_entropy": 0.1, "hidden_states": 0.5}
@@ -28,7 +28,7 @@ def _examples(vocabulary: int, rows: int = 8) -> Examples:
 def _pair(folder: Path, weights: dict[str, float], keep: tuple[int, ...] = (0, 3)) -> tuple[Objective, Teacher]:
     described = open_model(folder)
     teacher = Teacher(described, keep if "hidden_states" in weights else (), pad_id=0)
-    student = make_student(described, keep)
+    student = make_student(described, StudentPlan.of_layers(described, keep))
     return Objective(student, described.task, weights, temperature=2.0, vocab_size=described.vocab_size), teacher
 
 
@@ -121,7 +121,7 @@ def test_padding_rows_of_the_embedding_are_not_part_of_the_loss(tiny_llama: Path
 
 def test_projectors_bridge_widths_are_trained_and_never_saved(encoder: Path):
     described = open_model(encoder)
-    student = make_student(described, (0, 3))
+    student = make_student(described, StudentPlan.of_layers(described, (0, 3)))
     objective = Objective(student, described.task, {"hidden_states": 1.0}, teacher_width=48, seed=3)
     states = tuple(torch.randn(8, 11, 48) for _ in range(2))
     batch = collate(list(_examples(40)), 0)
@@ -133,7 +133,13 @@ def test_projectors_bridge_widths_are_trained_and_never_saved(encoder: Path):
     assert [tuple(p.shape) for p in objective.projectors.parameters()] == [(48, 32), (48, 32)]
     assert all(float(p.grad.abs().sum()) > 0 for p in objective.projectors.parameters())
     assert not any("maps" in name for name in objective.student.state_dict())
-    again = Objective(make_student(described, (0, 3)), described.task, {"hidden_states": 1.0}, teacher_width=48, seed=3)
+    again = Objective(
+        make_student(described, StudentPlan.of_layers(described, (0, 3))),
+        described.task,
+        {"hidden_states": 1.0},
+        teacher_width=48,
+        seed=3,
+    )
     assert torch.equal(objective.projectors.maps[1].weight, again.projectors.maps[1].weight)
 
 

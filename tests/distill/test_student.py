@@ -10,6 +10,7 @@ from edgestill.checkpoints import load_tokenizer, load_torch, open_model
 from edgestill.distill import distill
 from edgestill.distill.student import (
     BlockOutputs,
+    StudentPlan,
     base_model,
     blocks,
     choose_layers,
@@ -144,7 +145,9 @@ def test_only_the_cut_is_written_with_its_card(encoder: Path, tmp_path: Path, da
 
 def test_make_student_with_all_layers_is_the_teacher(encoder: Path, tiny_llama: Path):
     for folder in (encoder, tiny_llama):
-        teacher, student = load_torch(folder), make_student(open_model(folder), range(4))
+        opened = open_model(folder)
+        teacher, student = load_torch(folder), make_student(opened, StudentPlan.of_layers(opened))
+        assert StudentPlan.of_layers(opened).parameters == opened.parameters
         with torch.no_grad():
             ours = student(input_ids=IDS, attention_mask=MASK)
             theirs = teacher(input_ids=IDS, attention_mask=MASK)
