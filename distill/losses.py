@@ -31,6 +31,7 @@ __all__ = [
     "embedding_gram",
     "forward_kl",
     "hidden_states",
+    "predicting",
     "reduce_step",
     "select_losses",
     "shift",
@@ -40,14 +41,23 @@ __all__ = [
 Unit = Literal["predicted", "tokens", "examples", "labelled"]
 
 
-def shift(states: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Pair each place with the token that comes after it: the only place where logits and labels are shifted.
+def predicting(mask: Tensor, learn: Tensor | None = None) -> Tensor:
+    """The places [B, T-1] (bool) that predict: their own and their next token are real, and the next one is learnt.
 
-    ``states`` [B, T, ...] (hidden states or logits), ``ids`` [B, T], ``mask`` [B, T] (1 = real token). Returns the
-    states ``[N, ...]`` and next ids ``[N]`` of the N places whose own and next token are real, row by row.
+    ``mask`` [B, T] (1 = real token); ``learn`` [B, T] (above 0 = learnt, see :mod:`.batches`), by default every token.
     """
     real = mask.bool()
     valid = real[:, :-1] & real[:, 1:]
+    return valid if learn is None else valid & (learn[:, 1:] > 0)
+
+
+def shift(states: Tensor, ids: Tensor, mask: Tensor, learn: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Pair each place with the token that comes after it: the only place where logits and labels are shifted.
+
+    ``states`` [B, T, ...] (hidden states or logits), ``ids`` [B, T], ``mask`` and ``learn`` as in :func:`predicting`.
+    Returns the states ``[N, ...]`` and next ids ``[N]`` of the N places that predict, row by row.
+    """
+    valid = predicting(mask, learn)
     return states[:, :-1][valid], ids[:, 1:][valid]
 
 

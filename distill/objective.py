@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact import Task
-from .batches import Batch
+from .batches import LEARN_OWN, Batch
 from .chunked import chunked_head
-from .losses import Loss, reduce_step, select_losses, shift
+from .losses import Loss, predicting, reduce_step, select_losses, shift
 from .signal import Dense, Embedding, Hidden, Labels, Signal
 from .student import BlockOutputs, base_model, blocks
 from .teacher import Said, vectors
@@ -30,8 +30,9 @@ def count_items(batches: Sequence[Batch]) -> Counts:
     counts = {"predicted": 0, "tokens": 0, "examples": 0, "labelled": 0}
     for batch in batches:
         mask = batch["attention_mask"]
-        counts["predicted"] += int((mask[:, :-1] * mask[:, 1:]).sum())
-        counts["tokens"] += int(mask.sum())
+        learn = batch.get("learn")
+        counts["predicted"] += int(predicting(mask, learn).sum())
+        counts["tokens"] += int((mask if learn is None else learn > 0).sum())
         counts["examples"] += len(mask)
         counts["labelled"] += int((batch["label"] >= 0).sum())
     return counts
@@ -114,7 +115,8 @@ class Objective(nn.Module):
             total = self._pooled(batch, said, counts, raw)
         if self._outputs is not None and self.projectors is not None:
             states = self.projectors(self._outputs.take())
-            value = self._value("hidden_states", states, Hidden(said.blocks or ()), batch["attention_mask"], counts)
+            learnt = batch["learn"] > 0 if "learn" in batch else batch["attention_mask"]
+            value = self._value("hidden_states", states, Hidden(said.blocks or ()), learnt, counts)
             raw["hidden_states"] = value.detach()
             total = total + self.weights["hidden_states"] * value
         return total, torch.stack([raw[name] for name in self.losses])
@@ -150,8 +152,13 @@ class Objective(nn.Module):
         names = [name for name in self.losses if name != "hidden_states"]
         if not names:
             return hidden.new_zeros(())
-        states, following = shift(hidden, ids, mask)
-        theirs = None if said.final is None else shift(said.final, ids, mask)[0]
+        learn = batch.get("learn")
+        states, following = shift(hidden, ids, mask, learn)
+        theirs = None if said.final is None else shift(said.final, ids, mask, learn)[0]
+        # Whether the next word is that of the text (or of a teacher), and not the student's own.
+        given = torch.ones(len(states), dtype=torch.bool, device=states.device)
+        if learn is not None:
+            given = learn[:, 1:][predicting(mask, learn)] != LEARN_OWN
 
         def chunk(logits: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
             every = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
@@ -160,8 +167,8 @@ class Objective(nn.Module):
                 with torch.no_grad():
                     teacher_logits = said.head(theirs[begin:end])
             values = [
-                self._value(name, logits, self._signal(self.losses[name], teacher_logits, following[begin:end]), every,
-                            counts)
+                self._value(name, logits, self._signal(self.losses[name], teacher_logits, following[begin:end]),
+                            given[begin:end] if self.losses[name].signal is Labels else every, counts)
                 for name in names
             ]  # fmt: skip
             weights = values[0].new_tensor([self.weights[name] for name in names])

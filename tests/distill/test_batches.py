@@ -79,3 +79,12 @@ def test_digest_names_the_content():
     one, other = Examples(((1, 2), (3,)), (-100, -100)), Examples(((1,), (2, 3)), (-100, -100))
     assert one.digest() == Examples(((1, 2), (3,)), (-100, -100)).digest() != other.digest()
     assert isinstance(torch.utils.data.DataLoader(one), torch.utils.data.DataLoader)
+
+
+def test_prompts_make_a_mask_of_what_is_learnt():
+    examples = Examples(((5, 6, 7), (8, 9)), (-100, -100), (1, 2))
+    batch = collate(list(examples), 0)
+    assert batch["learn"].tolist() == [[0, 1, 1], [0, 0, 0]]
+    plain = Examples(examples.ids, examples.labels)
+    assert "learn" not in collate(list(plain), 0)
+    assert plain.digest() != examples.digest()

@@ -163,3 +163,39 @@ def test_the_teacher_gets_no_gradient(tiny_llama: Path):
     _step(objective, teacher, [collate(list(_examples(40)), 0)])
     assert all(p.grad is None for p in teacher.model.parameters())
     assert isinstance(load_torch(tiny_llama), torch.nn.Module)
+
+
+def test_prompts_are_not_learnt_and_own_words_have_no_cross_entropy(tiny_llama: Path):
+    objective, teacher = _pair(tiny_llama, {"forward_kl": 1.0, "cross_entropy": 1.0})
+    rows = [{**row, "prompt": prompt} for row, prompt in zip(_examples(300, 3), (1, 4, 2), strict=True)]
+    batch = collate(rows, 0)
+    counts = count_items([batch])
+    assert counts["predicted"] == (3 - 1) + (9 - 4) + (5 - 2)
+    _, parts = objective(batch, teacher.say(batch), counts)
+    ours, theirs = (m(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.detach().double()
+                    for m in (objective.student, teacher.model))  # fmt: skip
+    entropy, divergence = [], []
+    for number, row in enumerate(rows):
+        for place in range(row["prompt"] - 1, len(row["ids"]) - 1):  # a double loop: what predicts the learnt tokens
+            mine = torch.log_softmax(ours[number, place], -1)
+            entropy.append(-mine[row["ids"][place + 1]])
+            p, q = (torch.log_softmax(side[number, place] / 2.0, -1) for side in (theirs, ours))
+            divergence.append(4.0 * (p.exp() * (p - q)).sum())
+    assert float(parts[0]) == pytest.approx(float(torch.stack(divergence).mean()), rel=1e-5)
+    assert float(parts[1]) == pytest.approx(float(torch.stack(entropy).mean()), rel=1e-5)
+    own = {**batch, "learn": batch["learn"] * 2}
+    _, again = objective(own, teacher.say(own), counts)
+    assert (float(again[0]), float(again[1])) == (float(parts[0]), 0.0)
+
+
+def test_hidden_states_are_imitated_where_tokens_are_learnt(tiny_llama: Path):
+    objective, teacher = _pair(tiny_llama, {"hidden_states": 1.0})
+    rows = [{**row, "prompt": 2} for row in _examples(300, 3)]
+    batch = collate(rows, 0)
+    counts = count_items([batch])
+    assert counts["tokens"] == (3 - 2) + (9 - 2) + (5 - 2)
+    everything = collate(list(_examples(300, 3)), 0)
+    alone, whole = (
+        objective(b, teacher.say(b), counts)[1] for b in (batch, everything)
+    )  # the same divisor: fewer places, a smaller sum
+    assert 0 < float(alone[0]) < float(whole[0])
