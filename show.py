@@ -128,8 +128,10 @@ def _artifacts(artifacts: Sequence[ArtifactResult], baselines: Mapping[str, Mapp
     rows = []
     for name, metrics in numbers.items():
         cells = [_cell(key, metrics.get(key)) for key in keys]
-        rows.append([name, _MARKS[levels[name]] if name in levels else "torch", *cells])
-    print_table("", ("", "", *(_title(key) for key in keys)), rows)
+        rows.append([f"{_MARKS[levels[name]]:>3} {name}" if name in levels else f"    {name}", *cells])
+    print_table("", ("", *(_title(key) for key in keys)), rows)
+    if baselines:
+        stderr.print("     without a mark: in torch, for comparison", style="dim")
     if any(level == "program_verified" for level in levels.values()):
         stderr.print(" (✔) the program was verified by edgestill's interpreter, not on a Mac", style="dim")
     for artifact in artifacts:
@@ -143,7 +145,7 @@ _WANTED = ("model_bytes", "latency_ms", "decode_tokens_per_s", "kl", "spearman",
 def _title(key: str) -> str:
     metric, _, data = key.partition("@")
     title = _TITLES.get(metric, metric)
-    short = data if len(data) <= 9 else data[:8] + "…"
+    short = data if len(data) <= 9 else data[:7] + "…"
     return f"{title}\n{short}" if data else title
 
 
