@@ -20,6 +20,7 @@ from .doctor import doctor
 from .errors import EdgestillError
 from .fetch import find_cached
 from .inspection import Inspection, inspect_model
+from .loss_names import LOSS_NAMES, parse_loss
 from .recipe import Recipe, find_recipe, load_recipe
 from .recipe_text import dump_recipe
 
@@ -267,7 +268,8 @@ class _Draft:
             per_step = recipe.distill.batch_size * recipe.distill.gradient_accumulation
             examples = sum(text.train for text in recipe.data.text) or 1
             tokens = min(tokens, tokens / recipe.distill.epochs / examples * per_step * recipe.distill.max_steps)
-        live = {"hidden_states", "forward_kl"} & {name for name, weight in recipe.distill.loss.items() if weight}
+        read = {LOSS_NAMES[parse_loss(name).name].reads for name, weight in recipe.distill.loss.items() if weight}
+        live = read & {"logits", "blocks"}
         of_teacher = tokens if live else tokens / recipe.distill.epochs  # embeddings are computed once
         seconds = (tokens * _TRAINING_PASSES * cost["student"] + of_teacher * cost["teacher"]) / rate
         return PlanStep("student", f"{tokens:,.0f} tokens", seconds)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
 from .errors import BadInput, RecipeError, nearest
+from .loss_names import LOSS_NAMES, parse_loss
 from .recipe_base import Positive, PositiveFloat, Source, Strict, TeacherConfig, Weight
 
 __all__ = [
@@ -36,8 +37,18 @@ __all__ = [
 RECIPES = Path(__file__).parent / "recipes"
 
 TaskName = Literal["feature-extraction", "text-classification", "text-generation"]
-LossName = Literal["forward_kl", "cross_entropy", "embedding_cosine", "embedding_gram", "hidden_states"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+def _full_loss_name(text: str) -> str:
+    """``jsd`` as ``jsd:0.5``: one loss has one name in everything that is written down."""
+    try:
+        return parse_loss(text).text
+    except RecipeError as error:
+        raise ValueError(error.message) from None
+
+
+WeightedLoss = Annotated[str, AfterValidator(_full_loss_name)]
 
 # The variants each writer knows, in the order in which help texts list them.
 QUANTISATIONS: dict[str, tuple[str, ...]] = {
@@ -129,10 +140,14 @@ class DataConfig(Strict):
 class DistillConfig(Strict):
     """`[distill]`: how the student learns from the teacher. Leave the section out to ship a model as it is."""
 
-    loss: dict[LossName, Weight]
-    """weighted sum, e.g. `{ embedding_cosine = 1.0, embedding_gram = 1.0 }`."""
+    loss: dict[WeightedLoss, Weight] = Field(
+        json_schema_extra={"propertyNames": {"pattern": f"^({'|'.join(LOSS_NAMES)})(:[0-9.eE+-]+)*$"}}
+    )
+    """weighted sum, e.g. `{ embedding_cosine = 1.0, embedding_gram = 1.0 }`, or with parameters in the name,
+    `{ "jsd:0.5" = 0.9, cross_entropy = 0.1 }`; the names are listed below."""
     temperature: PositiveFloat = 1.0
-    """softens both distributions in forward_kl, whose value is multiplied by its square."""
+    """softens both distributions in the losses between probabilities, whose value is multiplied by its square
+    (total_variation: by itself), so that gradients keep their size."""
     layer_map: Literal["last", "skip", "kept"] = "kept"
     """which teacher layer each student layer imitates (hidden_states): `kept` the one it was copied from, `skip`
     evenly spread, `last` the last ones."""
@@ -153,6 +168,21 @@ class DistillConfig(Strict):
     seed: int = 0
     threads: Positive | None = None
     """CPU threads; by default all that this process may use."""
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _each_once(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            seen: dict[str, Any] = {}
+            for text in value:
+                try:
+                    full = parse_loss(text).text
+                except (RecipeError, AttributeError):
+                    continue  # the key's own check tells it with its place
+                if full in seen:
+                    raise ValueError(f"`{seen[full]}` and `{text}` are the same loss")
+                seen[full] = text
+        return value
 
     @field_validator("loss")
     @classmethod
@@ -316,10 +346,21 @@ def _explain(error: ValidationError, text: str, origin: Path) -> RecipeError:
         known = list(_fields_at(location[:-1]))
         return RecipeError(f"{where}: unknown key `{key}`{more}", hint=nearest(str(location[-1]), known))
     if location and location[-1] == "[key]":
-        return RecipeError(f"{where}: unknown key `{key}`{more}", hint=nearest(str(location[-2]), get_args(LossName)))
+        return _explain_loss(str(location[-2]), f"{where}: ", key, more)
     message = first["msg"].removeprefix("Value error, ")
     got = "" if first["type"] in ("missing", "value_error") else f", got {str(first['input'])[:60]!r}"
     return RecipeError(f"{where}: `{key}`: {message}{got}{more}", hint="`edgestill init` writes a commented recipe")
+
+
+def _explain_loss(text: str, where: str, key: str, more: str) -> RecipeError:
+    """What is wrong with the name of a loss."""
+    try:
+        parse_loss(text)
+    except RecipeError as error:
+        if text.partition(":")[0] in LOSS_NAMES:
+            return RecipeError(f"{where}`{key}`: {error.message}{more}", hint=error.hint)
+        return RecipeError(f"{where}unknown key `{key}`{more}", hint=error.hint)
+    return RecipeError(f"{where}`{key}` is not a text{more}", hint="write names of losses")
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
@@ -336,6 +377,10 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
             return []
         model = annotation
     return list(model.model_fields)
+
+
+# A part of a TOML key; a quoted one may hold dots and colons.
+_KEY = r"""(?:"[^"]*"|'[^']*'|[A-Za-z0-9_-]+)"""
 
 
 def _line_of(text: str, location: tuple[int | str, ...]) -> int | None:
@@ -355,9 +400,8 @@ def _line_of(text: str, location: tuple[int | str, ...]) -> int | None:
             elif header[1] == "[[":
                 current = ["\0"]
             continue
-        key = re.match(r"\s*([A-Za-z0-9_.\"'-]+?)\s*=", line)
-        if key:
-            full = [*current, *[part.strip("\"'") for part in key[1].split(".")]]
+        if key := re.match(rf"\s*({_KEY}(?:\s*\.\s*{_KEY})*)\s*=", line):
+            full = [*current, *[part.strip("\"'") for part in re.findall(_KEY, key[1])]]
             if full == names[: len(full)]:
                 return number
     return header_line

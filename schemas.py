@@ -75,7 +75,20 @@ def recipe_reference() -> str:
         "`[distill]`": recipe.DistillConfig, "`[[export]]`": recipe.ExportConfig, "`[bench]`": recipe.BenchConfig,
         "`[gates]`, a table for each metric": recipe.GateConfig,
     }  # fmt: skip
-    return "\n".join([*parts, *(_section(title, model) for title, model in sections.items())])
+    found = {title: _section(title, model) for title, model in sections.items()}
+    found["`[distill]`"] += _losses()
+    return "\n".join([*parts, *found.values()])
+
+
+def _losses() -> str:
+    """The losses that `[distill]` weighs."""
+    from .loss_names import LOSS_NAMES
+
+    lines = ["", "Losses, with their default parameters:", "", "| loss | parameters | what it is |", "|---|---|---|"]
+    for row in LOSS_NAMES.values():
+        ranges = ", ".join(f"{parameter.name}: {parameter.range}" for parameter in row.parameters)
+        lines.append(f"| `{row.written}` | {ranges} | {row.meaning.replace('|', chr(92) + '|')} |")
+    return "\n".join([*lines, ""])
 
 
 def _section(title: str, model: Any) -> str:

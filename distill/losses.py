@@ -2,39 +2,55 @@
 
 Each loss returns one fp32 value for every place where ``mask`` is true, *not* averaged: :func:`reduce_step` is the
 only code that divides, and it divides by the count of the **whole optimiser step**. So gradient accumulation only
-changes memory, never the result. (``embedding_gram`` compares the texts of one forward pass with each other, so by
-nature it sees fewer pairs when the pass is smaller.)
-
-Sources: forward KL with temperature and its T² arXiv 1503.02531; hidden states arXiv 1412.6550 (projector) and
-arXiv 1908.09355 (layer maps); similarity of the batch arXiv 1907.09682.
+changes memory, never the result. (Losses that compare the texts of one forward pass with each other, such as
+``embedding_gram``, by nature see fewer pairs when the pass is smaller.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..artifact import Task
-from ..errors import RecipeError, Unsupported
-from .signal import Dense, Embedding, Hidden, Labels
+from ..errors import RecipeError
+from ..loss_names import LOSS_NAMES, LossSpec, parse_loss
+from .feature_losses import embedding_cosine, embedding_gram, hidden_states
+from .logit_losses import (
+    alpha_beta,
+    cross_entropy,
+    forward_kl,
+    jsd,
+    logit_mse,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    total_variation,
+)
+from .signal import Dense, Embedding, Hidden, Labels, Sparse
 
 __all__ = [
     "LOSSES",
     "Loss",
+    "Taken",
+    "alpha_beta",
     "cross_entropy",
     "embedding_cosine",
     "embedding_gram",
     "forward_kl",
     "hidden_states",
+    "jsd",
+    "logit_mse",
     "predicting",
     "reduce_step",
+    "reverse_kl",
     "select_losses",
     "shift",
+    "skew_kl",
+    "skew_reverse_kl",
+    "total_variation",
 ]
 
 
@@ -66,98 +82,70 @@ def reduce_step(values: Tensor, count: int) -> Tensor:
     return values.sum() / max(int(count), 1)
 
 
-def _valid(values: Tensor, mask: Tensor) -> Tensor:
-    """The rows where ``mask`` is true, before any log is taken; no copy when all are."""
-    chosen = mask.bool()
-    return values.flatten(0, chosen.dim() - 1) if bool(chosen.all()) else values[chosen]
+@dataclass(frozen=True)
+class Taken:
+    """How a loss takes a kind of signal: ``exact``, as a ``lower bound``, or ``refused``; and why, in one line."""
+
+    how: Literal["exact", "lower bound", "refused"]
+    why: str = ""
 
 
-def _wide(values: Tensor) -> Tensor:
-    """At least fp32: a small KL over a large vocabulary is noise in bf16."""
-    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+_EXACT = Taken("exact")
+_BUCKETS = Taken("lower bound", "exact over the k tokens and all others as one; rises to the full value with k")
+_SAMPLED = Taken("lower bound", f"{_BUCKETS.why}; with sampled tail tokens an unbiased estimate of the full value")
+_NEEDS_LOGITS = Taken("refused", "it needs the logit of every token, of which a sparse signal keeps k")
+_NO_DIVERGENCE = Taken("refused", "with alpha + beta other than 1, merging tokens may raise it as well as lower it")
+
+Taking = Callable[..., Mapping[type, Taken]]
 
 
-def forward_kl(student: Tensor, signal: Dense, mask: Tensor) -> Tensor:
-    """``T² · KL(teacher ‖ student)`` in nats, both softened by T, summed over the vocabulary.
-
-    ``student`` logits [..., V]; T² keeps the gradient's size independent of T. A class that the teacher rules out
-    (logit −inf) adds nothing.
-    """
-    temperature = signal.temperature
-    teacher_logits = _valid(signal.logits, mask)[..., : signal.vocab_size]
-    student_logits = _valid(student, mask)[..., : signal.vocab_size]
-    with torch.no_grad():
-        teacher_log = F.log_softmax(_wide(teacher_logits) / temperature, dim=-1)
-        teacher = teacher_log.exp()
-    student_log = F.log_softmax(_wide(student_logits) / temperature, dim=-1)
-    # The difference of logs, not of entropies: those cancel when the KL is small. And 0 · −inf is 0 here.
-    divergence = torch.where(teacher > 0, teacher * (teacher_log - student_log), 0.0).sum(-1)
-    return divergence * temperature**2
+def _only(kind: type) -> Taking:
+    return lambda *_: {kind: _EXACT}
 
 
-def cross_entropy(student: Tensor, signal: Labels, mask: Tensor) -> Tensor:
-    """``−log p(true id)`` in nats; ``student`` logits [..., V]. Temperature has no part in it."""
-    logits = _wide(_valid(student, mask)[..., : signal.vocab_size])
-    return F.cross_entropy(logits, _valid(signal.ids, mask), reduction="none")
+def _logits(sparse: Taken) -> Taking:
+    return lambda *_: {Dense: _EXACT, Sparse: sparse}
 
 
-def hidden_states(student: Sequence[Tensor], signal: Hidden, mask: Tensor) -> Tensor:
-    """``|s − t|² / |t|²`` of a token's state, mean over the mapped layers.
-
-    ``student``: block outputs [B, T, D], brought to the teacher's width by projectors where they differ. Dividing by
-    the teacher's own size makes layers and models comparable.
-    """
-    total: Tensor | None = None
-    for ours, theirs in zip(student, signal.states, strict=True):
-        target = _wide(_valid(theirs, mask))
-        error = (_wide(_valid(ours, mask)) - target).square().sum(-1)
-        part = error / target.square().sum(-1).clamp_min(1e-12)
-        total = part if total is None else total + part
-    if total is None:
-        raise RecipeError("hidden_states has no layer to imitate", hint="keep at least one layer")
-    return total / len(student)
-
-
-def embedding_cosine(student: Tensor, signal: Embedding, mask: Tensor) -> Tensor:
-    """``1 − cos(student, teacher)`` of each text; ``student`` [B, D]."""
-    ours, theirs = _wide(_valid(student, mask)), _wide(_valid(signal.vectors, mask))
-    if ours.shape[-1] != theirs.shape[-1]:
-        raise Unsupported(
-            f"embedding_cosine compares vectors of {ours.shape[-1]} and {theirs.shape[-1]} numbers",
-            hint="use embedding_gram, which only compares similarities",
-        )
-    return 1 - F.cosine_similarity(ours, theirs, dim=-1)
-
-
-def embedding_gram(student: Tensor, signal: Embedding, mask: Tensor) -> Tensor:
-    """For each text, the mean squared error of its cosine similarities to the other texts of the batch.
-
-    ``student`` [B, D], teacher [B, D'] (widths may differ). A text alone in its batch has nothing to compare: 0.
-    """
-    ours = F.normalize(_wide(_valid(student, mask)), dim=-1)
-    theirs = F.normalize(_wide(_valid(signal.vectors, mask)), dim=-1)
-    error = (ours @ ours.T - theirs @ theirs.T).square()
-    others = error.sum(-1) - error.diagonal()
-    return others / max(len(ours) - 1, 1)
+def _alpha_beta_takes(alpha: float, beta: float) -> Mapping[type, Taken]:
+    return {Dense: _EXACT, Sparse: _BUCKETS if abs(alpha + beta - 1) < 1e-9 else _NO_DIVERGENCE}
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A row of :data:`LOSSES`.
+    """A row of :data:`LOSSES`, and with another name and ``parameters`` a loss of a recipe (``jsd:0.3``).
 
-    ``unit`` says for each task that it fits what its values are counted by: ``predicted`` tokens (a real token with a
-    real one before it), real ``tokens``, ``examples``, or ``labelled`` examples.
+    ``function`` takes ``(student, signal, mask, *parameters)``; :meth:`values` fills them in. ``unit`` says for each
+    task that it fits what its values are counted by: ``predicted`` tokens (a real token with a real one before it),
+    real ``tokens``, ``examples``, or ``labelled`` examples. Its values carry the factor
+    ``temperature ** temperature_power``. ``taking(*parameters)`` says how each kind of signal is taken.
     """
 
     name: str
-    function: Callable[[Any, Any, Tensor], Tensor]
+    function: Callable[..., Tensor]
     signal: type
     unit: Mapping[Task, Unit]
+    taking: Taking
+    temperature_power: int = 0
+    parameters: tuple[float, ...] = ()
 
     @property
     def tasks(self) -> tuple[Task, ...]:
         """The tasks that it fits."""
         return tuple(self.unit)
+
+    @property
+    def takes(self) -> Mapping[type, Taken]:
+        """How it takes each kind of signal; kinds that are not here say nothing about it."""
+        return self.taking(*self.parameters)
+
+    def values(self, student: Any, signal: Any, mask: Tensor) -> Tensor:
+        """One value ``[N]`` for each place where ``mask`` is true."""
+        return self.function(student, signal, mask, *self.parameters)
+
+    def bind(self, spec: LossSpec) -> Loss:
+        """The same loss with the parameters of ``spec``, under its full name."""
+        return replace(self, name=spec.text, parameters=spec.parameters)
 
 
 _ENCODERS_AND_DECODERS: Mapping[Task, Unit] = {
@@ -165,29 +153,47 @@ _ENCODERS_AND_DECODERS: Mapping[Task, Unit] = {
     "text-classification": "tokens",
     "text-generation": "tokens",
 }
+_LOGITS: Mapping[Task, Unit] = {"text-generation": "predicted", "text-classification": "examples"}
+_LABELS: Mapping[Task, Unit] = {"text-generation": "predicted", "text-classification": "labelled"}
+_VECTORS: Mapping[Task, Unit] = {"feature-extraction": "examples"}
+# The order decides in which order losses are added up, hence the last bit of a student: new ones go to the end.
 _ROWS = (
-    Loss("forward_kl", forward_kl, Dense, {"text-generation": "predicted", "text-classification": "examples"}),
-    Loss("cross_entropy", cross_entropy, Labels, {"text-generation": "predicted", "text-classification": "labelled"}),
-    Loss("hidden_states", hidden_states, Hidden, _ENCODERS_AND_DECODERS),
-    Loss("embedding_cosine", embedding_cosine, Embedding, {"feature-extraction": "examples"}),
-    Loss("embedding_gram", embedding_gram, Embedding, {"feature-extraction": "examples"}),
+    Loss("forward_kl", forward_kl, Dense, _LOGITS, _logits(_SAMPLED), 2),
+    Loss("cross_entropy", cross_entropy, Labels, _LABELS, _only(Labels)),
+    Loss("hidden_states", hidden_states, Hidden, _ENCODERS_AND_DECODERS, _only(Hidden)),
+    Loss("embedding_cosine", embedding_cosine, Embedding, _VECTORS, _only(Embedding)),
+    Loss("embedding_gram", embedding_gram, Embedding, _VECTORS, _only(Embedding)),
+    Loss("reverse_kl", reverse_kl, Dense, _LOGITS, _logits(_BUCKETS), 2),
+    Loss("jsd", jsd, Dense, _LOGITS, _logits(_BUCKETS), 2),
+    Loss("skew_kl", skew_kl, Dense, _LOGITS, _logits(_BUCKETS), 2),
+    Loss("skew_reverse_kl", skew_reverse_kl, Dense, _LOGITS, _logits(_BUCKETS), 2),
+    Loss("total_variation", total_variation, Dense, _LOGITS, _logits(_BUCKETS), 1),
+    Loss("alpha_beta", alpha_beta, Dense, _LOGITS, _alpha_beta_takes, 2),
+    Loss("logit_mse", logit_mse, Dense, _LOGITS, _logits(_NEEDS_LOGITS)),
 )
-LOSSES: Mapping[str, Loss] = {loss.name: loss for loss in _ROWS}
-"""Every loss that a recipe can name, and the tasks that it fits."""
+LOSSES: Mapping[str, Loss] = {
+    row.name: replace(row, parameters=tuple(parameter.default for parameter in LOSS_NAMES[row.name].parameters))
+    for row in _ROWS
+}
+"""Every loss that a recipe can name, with its default parameters; the same names as in :data:`LOSS_NAMES`."""
 
 
 def select_losses(weights: Mapping[str, float], task: Task) -> dict[str, Loss]:
-    """The losses with a weight above 0, in the order of the table.
+    """The losses with a weight above 0 by their full names (``jsd:0.5``), in the order of the table.
 
-    Raises :class:`RecipeError` for an unknown loss and for one that does not fit ``task``.
+    Raises :class:`RecipeError` for an unknown loss, for one that does not fit ``task`` and for bad parameters.
     """
     fitting = ", ".join(name for name, loss in LOSSES.items() if task in loss.tasks)
+    chosen: dict[str, Loss] = {}
     for name, weight in weights.items():
-        if name not in LOSSES:
+        if name.partition(":")[0] not in LOSSES:
             raise RecipeError(f"unknown loss {name!r}", hint=f"for {task}: {fitting}")
-        if weight and task not in LOSSES[name].tasks:
+        spec = parse_loss(name)
+        if weight and task not in LOSSES[spec.name].tasks:
             raise RecipeError(f"loss {name!r} does not fit the task {task}", hint=f"for {task}: {fitting}")
-    chosen = {name: loss for name, loss in LOSSES.items() if weights.get(name)}
+        if weight:
+            chosen[spec.text] = LOSSES[spec.name].bind(spec)
     if not chosen:
         raise RecipeError("[distill] has no loss with a weight above 0", hint=f"for {task}: {fitting}")
-    return chosen
+    places = {name: place for place, name in enumerate(LOSSES)}
+    return dict(sorted(chosen.items(), key=lambda item: (places[item[0].partition(":")[0]], item[1].parameters)))

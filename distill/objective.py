@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact import Task
+from ..loss_names import parse_loss
 from .batches import LEARN_OWN, Batch
 from .chunked import chunked_head
 from .losses import Loss, predicting, reduce_step, select_losses, shift
@@ -62,8 +63,8 @@ class Projectors(nn.Module):
 class Objective(nn.Module):
     """The weighted losses of ``student`` against a teacher.
 
-    ``weights`` by loss name; ``temperature`` softens forward_kl; ``vocab_size`` is the tokenizer's;
-    ``teacher_width`` is that of the teacher's hidden states.
+    ``weights`` by loss name (``jsd:0.5``); ``temperature`` softens the losses between probabilities; ``vocab_size`` is
+    the tokenizer's; ``teacher_width`` is that of the teacher's hidden states.
     """
 
     def __init__(
@@ -81,7 +82,8 @@ class Objective(nn.Module):
         self.student = student
         self.task = task
         self.losses: dict[str, Loss] = select_losses(weights, task)
-        self.weights = {name: float(weights[name]) for name in self.losses}
+        by_full_name = {parse_loss(name).text: weight for name, weight in weights.items()}
+        self.weights = {name: float(by_full_name[name]) for name in self.losses}
         self.temperature = temperature
         self.vocab_size = vocab_size
         self._outputs: BlockOutputs | None = None
@@ -123,7 +125,7 @@ class Objective(nn.Module):
 
     def _value(self, name: str, output: Any, signal: Signal, mask: Tensor, counts: Counts) -> Tensor:
         loss = self.losses[name]
-        return reduce_step(loss.function(output, signal, mask), counts[loss.unit[self.task]])
+        return reduce_step(loss.values(output, signal, mask), counts[loss.unit[self.task]])
 
     def _pooled(self, batch: Batch, said: Said, counts: Counts, raw: dict[str, Tensor]) -> Tensor:
         output = vectors(self.student, batch)

@@ -27,7 +27,7 @@ from .batches import Examples, encode
 from .checkpoint import find_checkpoint, sweep_checkpoints
 from .evaluate import HeldOut
 from .journal import Journal
-from .losses import LOSSES, select_losses
+from .losses import Loss, select_losses
 from .objective import Objective
 from .result import DistillResult
 from .student import StudentPlan, make_student, map_layers, plan_student
@@ -61,9 +61,13 @@ class Job:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weights above 0 by loss name, in the order of the table."""
-        given = {str(name): weight for name, weight in self.config.loss.items()}
-        return {name: given[name] for name in LOSSES if given.get(name)}
+        """Weights above 0 by full loss name, in the order of the table."""
+        return {name: self.config.loss[name] for name in self.losses}
+
+    @property
+    def losses(self) -> dict[str, Loss]:
+        """The losses that have these weights."""
+        return select_losses(self.config.loss, self.teacher.task)
 
     @property
     def pad_id(self) -> int:
@@ -119,7 +123,7 @@ def run(
 
 
 def _prepare(folder: ModelFolder, plan: StudentPlan, config: DistillConfig, data: DataSets, max_length: int) -> Job:
-    losses = select_losses({str(name): weight for name, weight in config.loss.items()}, folder.task)
+    losses = select_losses(config.loss, folder.task)
     tokenizer = load_tokenizer(folder.path)
     length = min(max_length, folder.max_length)
     texts = data.split("train")
@@ -232,9 +236,8 @@ def _card(
     if job is None:
         return card
     config = job.config
-    scales = {"forward_kl": config.temperature**2}
     losses = {
-        name: {"weight": weight, "effective_weight": weight * scales.get(name, 1.0)}
+        name: {"weight": weight, "effective_weight": weight * config.temperature ** job.losses[name].temperature_power}
         for name, weight in job.weights.items()
     }
     return {

@@ -1,7 +1,6 @@
 """What a teacher says about a batch, as frozen values that the losses read.
 
-A loss names the kind of signal that it takes (:data:`edgestill.distill.losses.LOSSES`). Sparse signals (top-k logits
-with the exact tail mass) will be one more class here; nothing else has to change for them.
+A loss says which kinds it takes, and how exactly (:data:`edgestill.distill.losses.LOSSES`).
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Dense", "Embedding", "Hidden", "Labels", "Signal"]
+__all__ = ["Attention", "Dense", "Embedding", "Hidden", "Labels", "Relations", "Signal", "Sparse"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,67 @@ class Dense:
     temperature: float = 1.0
     vocab_size: int | None = None
 
+    def rows(self, begin: int, end: int) -> Dense:
+        """The same of the places ``begin:end``."""
+        return Dense(self.logits[begin:end], self.temperature, self.vocab_size)
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """The teacher's k most likely tokens and the exact mass of all others: ``k + 1`` buckets.
+
+    ``ids`` [..., k] (different ones, below ``vocab_size``), their ``log_probs`` [..., k] and ``tail`` [...], the log of
+    what the others have together; all taken from the full logits **at** ``temperature`` (masses of another temperature
+    can't be converted) and over the tokenizer's ``vocab_size`` tokens. With k = V the tail is −inf.
+
+    Optional tokens of the tail, drawn with replacement: ``sampled_ids`` [..., S], their ``sampled_log_probs`` [..., S]
+    (of the whole distribution, at ``temperature``) and ``sampled_log_weights`` [..., S], the log of that probability
+    over the one with which the token was drawn; ``None``: drawn from the tail itself at ``temperature``, where all
+    weights are the tail's mass. With them forward_kl is an unbiased estimate of the exact one.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    tail: Tensor
+    temperature: float = 1.0
+    vocab_size: int | None = None
+    sampled_ids: Tensor | None = None
+    sampled_log_probs: Tensor | None = None
+    sampled_log_weights: Tensor | None = None
+
+    def rows(self, begin: int, end: int) -> Sparse:
+        """The same of the places ``begin:end``."""
+
+        def part(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[begin:end]
+
+        return Sparse(
+            self.ids[begin:end], self.log_probs[begin:end], self.tail[begin:end], self.temperature, self.vocab_size,
+            part(self.sampled_ids), part(self.sampled_log_probs), part(self.sampled_log_weights),
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Hidden:
     """Outputs of the teacher's mapped blocks, ``[B, T, D]`` each, one for each block of the student."""
 
     states: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention maps of the teacher's mapped blocks, ``[B, H, T, T]`` each: each row a distribution over keys."""
+
+    maps: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Relations:
+    """Queries, keys and values ``[B, T, D]`` of one of the teacher's blocks, all heads side by side."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,4 +102,4 @@ class Labels:
     vocab_size: int | None = None
 
 
-Signal = Dense | Hidden | Embedding | Labels
+Signal = Dense | Sparse | Hidden | Attention | Relations | Embedding | Labels

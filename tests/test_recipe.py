@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from edgestill.errors import BadInput, RecipeError
 from edgestill.fetch import parse_address
 from edgestill.recipe import RECIPES, ExportConfig, Recipe, find_recipe, load_recipe, parse_recipe
+from edgestill.recipe_text import dump_recipe
 
 BASE = 'name = "demo"\n[teacher]\nsource = "model"\n'
 TEXT = '[[data.text]]\nname = "a"\nsource = "a.txt"\ntrain = 5\n'
@@ -22,6 +23,14 @@ def test_the_shortest_recipe_has_documented_defaults() -> None:
     recipe = parse(BASE)
     assert (recipe.teacher.source, recipe.distill, recipe.export, recipe.task) == ("model", None, (), None)
     assert (recipe.data.max_length, recipe.bench.length, recipe.bench.threads) == (128, 128, 2)
+
+
+def test_a_resolved_recipe_spells_out_the_parameters_of_a_loss() -> None:
+    recipe = parse(BASE + TEXT + '[distill]\nloss = {jsd = 0.9, "skew_kl:.20" = 0.1, cross_entropy = 1.0}\n')
+    assert recipe.distill is not None
+    assert recipe.distill.loss == {"jsd:0.5": 0.9, "skew_kl:0.2": 0.1, "cross_entropy": 1.0}
+    assert '"jsd:0.5" = 0.9' in dump_recipe(recipe)
+    assert parse(dump_recipe(recipe)) == recipe
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
@@ -40,6 +49,14 @@ def test_what_a_shipped_recipe_fetches_is_pinned(path: Path) -> None:
         (BASE + "fuor = 1\n", "r.toml:4: unknown key `teacher.fuor`", "known: license, sha256, source"),
         (BASE + TEXT + "[distill]\nloss = {forwrd_kl = 1.0}\n", "r.toml:9: unknown key `distill.loss.forwrd_kl`",
          "did you mean 'forward_kl'?"),
+        (BASE + TEXT + '[distill]\nloss = {"jsd:1.5" = 1.0}\n',
+         "r.toml:9: `distill.loss.jsd:1.5`: beta of jsd is 1.5, allowed: 0 to 1", "e.g. jsd:0.5"),
+        (BASE + TEXT + '[distill.loss]\nforward_kl = 1.0\n"jds:0.5" = 1.0\n',
+         "r.toml:10: unknown key `distill.loss.jds:0.5`", "did you mean 'jsd'?"),
+        (BASE + TEXT + '[distill.loss]\nforward_kl = 1.0\n"jsd:0.5" = -1.0\n',
+         "r.toml:10: `distill.loss.jsd:0.5`: Input should be greater than or equal to 0", ""),
+        (BASE + TEXT + '[distill]\nloss = {"jsd:0.5" = 1.0, jsd = 2.0}\n',
+         "r.toml:9: `distill.loss`: `jsd:0.5` and `jsd` are the same loss", ""),
         (BASE + TEXT + "[distill]\nloss = {forward_kl = 0.0}\n", "`distill.loss`: needs at least one loss", "init"),
         (BASE + TEXT + "[distill]\nloss = {forward_kl = nan}\n", "r.toml:9: `distill.loss.forward_kl`", ""),
         (BASE + TEXT + '[distill]\nloss = {forward_kl = 1.0}\nepochs = "2"\n', "r.toml:10: `distill.epochs`", ""),

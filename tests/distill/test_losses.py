@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,13 +14,14 @@ from edgestill.distill.losses import (
     embedding_gram,
     forward_kl,
     hidden_states,
+    jsd,
     reduce_step,
     select_losses,
     shift,
 )
-from edgestill.distill.signal import Dense, Embedding, Hidden, Labels
+from edgestill.distill.signal import Dense, Embedding, Hidden, Labels, Sparse
 from edgestill.errors import RecipeError, Unsupported
-from edgestill.recipe import LossName
+from edgestill.loss_names import LOSS_NAMES, parse_loss
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_gram_compares_models_of_different_width_and_cosine_says_that_it_can_not
 def test_an_empty_mask_gives_zero_and_a_gradient_of_zero(logits):
     nothing = torch.zeros_like(MASK)
     signals = {
-        "forward_kl": (logits[0], Dense(logits[1])),
+        **{name: (logits[0], Dense(logits[1])) for name, loss in LOSSES.items() if loss.signal is Dense},
         "cross_entropy": (logits[0], Labels(torch.zeros(2, 5, dtype=torch.long))),
         "hidden_states": (logits[0], Hidden((logits[1],))),
         "embedding_cosine": (logits[0][0], Embedding(logits[1][0])),
@@ -170,7 +170,9 @@ def test_shift_pairs_each_place_with_the_next_real_token():
 
 
 def test_every_loss_of_a_recipe_is_in_the_table():
-    assert set(get_args(LossName)) == set(LOSSES)
+    assert set(LOSS_NAMES) == set(LOSSES)
+    for name, loss in LOSSES.items():
+        assert (name, loss.parameters) == (loss.name, parse_loss(name).parameters)
 
 
 @pytest.mark.parametrize(
@@ -180,15 +182,41 @@ def test_every_loss_of_a_recipe_is_in_the_table():
         ({"embedding_gram": 1.0}, "text-generation", "does not fit"),
         ({"forward_lk": 1.0}, "text-generation", "unknown loss"),
         ({"forward_kl": 0.0}, "text-generation", "weight above 0"),
+        ({"jsd:2": 1.0}, "text-generation", "allowed: 0 to 1"),
     ],
 )
 def test_a_loss_that_does_not_fit_is_one_clear_line(weights, task, message):
     with pytest.raises(RecipeError, match=message) as caught:
         select_losses(weights, task)
-    assert task in caught.value.hint
+    assert task in caught.value.hint or "jsd" in caught.value.hint
 
 
 def test_losses_with_weight_zero_are_left_out():
     assert list(select_losses({"embedding_gram": 0.0, "embedding_cosine": 2.0}, "feature-extraction")) == [
         "embedding_cosine"
     ]
+
+
+def test_losses_of_a_recipe_have_full_names_and_their_own_parameters(logits):
+    weights = {"jsd:0.7": 1.0, "skew_kl": 0.5, "jsd:0.2": 1.0, "forward_kl": 1.0}
+    found = select_losses(weights, "text-generation")
+    assert list(found) == ["forward_kl", "jsd:0.2", "jsd:0.7", "skew_kl:0.1"]
+    assert [loss.name for loss in found.values()] == list(found)
+    for name, beta in (("jsd:0.2", 0.2), ("jsd:0.7", 0.7)):
+        value = found[name].values(logits[0], Dense(logits[1]), MASK)
+        assert torch.equal(value, jsd(logits[0], Dense(logits[1]), MASK, beta))
+
+
+def test_every_loss_says_how_it_takes_each_signal():
+    logit_losses = [loss for loss in LOSSES.values() if loss.signal is Dense]
+    assert len(logit_losses) == 8
+    assert all(loss.takes[Dense].how == "exact" for loss in logit_losses)
+    sparse = {loss.name: loss.takes[Sparse].how for loss in logit_losses}
+    assert {name for name, how in sparse.items() if how == "refused"} == {"logit_mse", "alpha_beta"}
+    assert {how for name, how in sparse.items() if name not in ("logit_mse", "alpha_beta")} == {"lower bound"}
+    for text, how in (("alpha_beta:0.3:0.7", "lower bound"), ("alpha_beta:1:0", "lower bound"),
+                      ("alpha_beta:1:1", "refused")):  # fmt: skip
+        assert select_losses({text: 1.0}, "text-generation")[parse_loss(text).text].takes[Sparse].how == how
+    assert all(taken.why for loss in LOSSES.values() for taken in loss.takes.values() if taken.how != "exact")
+    assert LOSSES["embedding_gram"].takes[Embedding].how == "exact"
+    assert Sparse not in LOSSES["embedding_gram"].takes

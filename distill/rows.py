@@ -1,0 +1,64 @@
+"""From logits and masks to the rows that the losses compare."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import BadInput
+from .signal import Dense, Sparse
+
+__all__ = ["log_rows", "student_buckets", "valid", "wide"]
+
+
+def valid(values: Tensor, mask: Tensor) -> Tensor:
+    """The rows where ``mask`` is true, before any log is taken; no copy when all are."""
+    chosen = mask.bool()
+    return values.flatten(0, chosen.dim() - 1) if bool(chosen.all()) else values[chosen]
+
+
+def wide(values: Tensor) -> Tensor:
+    """At least fp32: a small KL over a large vocabulary is noise in bf16."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def log_rows(student: Tensor, signal: Dense | Sparse, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """``(teacher_log, student_log)``, each ``[N, M]`` log-probabilities at the signal's temperature, at least fp32.
+
+    ``student`` logits [..., V]. M is V for a dense signal, and k + 1 for a sparse one: its k tokens, then all others
+    together. Only the student's carries a gradient.
+    """
+    logits = wide(valid(student, mask)[..., : signal.vocab_size])
+    if isinstance(signal, Dense):
+        with torch.no_grad():
+            teacher = wide(valid(signal.logits, mask)[..., : signal.vocab_size])
+            if teacher.shape != logits.shape:
+                raise BadInput(
+                    f"the teacher has {teacher.shape[-1]} logits, the student {logits.shape[-1]}",
+                    hint="both need the tokenizer's vocabulary",
+                )
+            teacher_log = F.log_softmax(teacher / signal.temperature, dim=-1)
+        return teacher_log, F.log_softmax(logits / signal.temperature, dim=-1)
+    with torch.no_grad():
+        parts = [valid(signal.log_probs, mask), valid(signal.tail, mask).unsqueeze(-1)]
+        # Once more normalised: stored in half precision, the masses would add up to 1.001 or 0.999, and a divergence
+        # of such rows can be below 0.
+        teacher_log = F.log_softmax(torch.cat([part.to(logits.dtype) for part in parts], -1), dim=-1)
+    return teacher_log, student_buckets(logits, valid(signal.ids, mask), signal.temperature)[0]
+
+
+def student_buckets(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """``[N, k + 1]`` log-probabilities of ``ids`` [N, k] and of all other tokens, and the log-normaliser ``[N]``.
+
+    ``logits`` [N, V], softened here. The rest's mass is the log of the sum over the rest itself: one minus the others
+    would be nothing but rounding where they have nearly all of it.
+    """
+    softened = logits / temperature if temperature != 1 else logits
+    ids = ids.long()
+    # The lowest number, not −inf: with k = V nothing is left, and the gradient of an empty log-sum is not a number.
+    lowest = torch.finfo(softened.dtype).min
+    rest = softened.scatter(-1, ids, lowest).logsumexp(-1, keepdim=True)
+    buckets = torch.cat([softened.gather(-1, ids), rest], -1)
+    total = buckets.logsumexp(-1, keepdim=True)
+    return buckets - total, total.squeeze(-1)
