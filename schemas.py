@@ -65,14 +65,15 @@ def generate() -> dict[str, Mapping[str, Any]]:
 
 def recipe_reference() -> str:
     """``docs/recipe.md``: every section with every key, its type, default and meaning."""
-    from . import recipe
+    from . import recipe, recipe_teaching
 
     variants = ", ".join(f"`{form}:{name}`" for form, names in recipe.QUANTISATIONS.items() for name in names)
     parts = [_INTRO.format(variants=variants), _section("At the top", recipe.Recipe)]
     sections = {
         "`[teacher]`": recipe.TeacherConfig, "`[student]`": recipe.StudentConfig, "`[data]`": recipe.DataConfig,
         "`[[data.text]]`": recipe.TextConfig, "`[[data.task]]`": recipe.TaskConfig,
-        "`[distill]`": recipe.DistillConfig, "`[[export]]`": recipe.ExportConfig, "`[bench]`": recipe.BenchConfig,
+        "`[distill]`": recipe.DistillConfig, "`[distill.on_policy]`": recipe_teaching.OnPolicyConfig,
+        "`[[export]]`": recipe.ExportConfig, "`[bench]`": recipe.BenchConfig,
         "`[gates]`, a table for each metric": recipe.GateConfig,
     }  # fmt: skip
     found = {title: _section(title, model) for title, model in sections.items()}

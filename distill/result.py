@@ -18,7 +18,8 @@ class DistillResult:
     real tokens that the student was trained on; ``seconds``: wall time, with that before a kill (which is why it
     stands here and in no file of the student). ``dev_before`` and ``dev_after``: metrics of the cut and of the trained
     student on the dev split (see :meth:`edgestill.distill.evaluate.HeldOut.measure`), empty without dev text.
-    ``curves``: the lines of ``training.jsonl``.
+    ``curves``: the lines of ``training.jsonl``. ``cost``: what it took in tokens of teacher and student, by the field
+    names of :class:`edgestill.distill.cost.Cost`.
     """
 
     path: Path
@@ -30,3 +31,4 @@ class DistillResult:
     dev_before: Mapping[str, float] = field(default_factory=dict)
     dev_after: Mapping[str, float] = field(default_factory=dict)
     curves: tuple[Mapping[str, Any], ...] = ()
+    cost: Mapping[str, int] = field(default_factory=dict)

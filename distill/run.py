@@ -25,11 +25,14 @@ from ..recipe import DistillConfig, StudentConfig
 from ..torch_models import quiet
 from .batches import Examples, encode
 from .checkpoint import find_checkpoint, sweep_checkpoints
+from .cost import Cost
 from .evaluate import HeldOut
 from .journal import Journal
 from .losses import Loss, select_losses
 from .objective import Objective
 from .result import DistillResult
+from .rollout import Rollouts, check_on_policy
+from .sampling import stop_ids
 from .student import StudentPlan, make_student, map_layers, plan_student
 from .teacher import Teacher
 from .trainer import CLOCK_FILE, DistillTrainer, training_arguments
@@ -137,6 +140,7 @@ def _prepare(folder: ModelFolder, plan: StudentPlan, config: DistillConfig, data
     dev = encode(data.split("dev"), tokenizer, folder.task, length, prefix=prefix)
     if not len(train):
         raise BadInput("[distill] found no text to learn from", hint="set `train` in a [[data.text]]")
+    check_on_policy(config, folder, plan, window=length, held_out=len(dev))
     group = config.batch_size * config.gradient_accumulation
     steps = config.max_steps or max(1, round(config.epochs * len(train) / group))
     return Job(folder, plan, config, train, dev, tokenizer, steps)
@@ -180,19 +184,23 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
         journal.rewind(-1)
         journal.append({"step": 0, "tokens": 0, "dev": held_out.measure(model)})
     before_kill = float((checkpoint / CLOCK_FILE).read_text(encoding="utf-8")) if checkpoint else 0.0
+    rollouts = _rollouts(job, held_out, journal.rows[0]["dev"].get("kl"))
     trainer = DistillTrainer(
         objective, teacher if objective.needs_teacher else None, job.train, config, arguments,
         pad_id=job.pad_id, journal=journal, seconds=before_kill + time.monotonic() - began, progress=progress,
+        rollouts=rollouts,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     tokens = int(trainer.state.num_input_tokens_seen)
     before, after = journal.rows[0]["dev"], held_out.measure(model)
     journal.append({"step": job.steps, "tokens": tokens, "dev": after})
-    card = _card(folder, job.plan, job, tokens, before, after)
+    cost = dataclasses.asdict(_cost(job, teacher if objective.needs_teacher else None, tokens, rollouts))
+    card = {**_card(folder, job.plan, job, tokens, before, after), "cost": cost}
     _write(model.to("cpu"), job.tokenizer, out, folder, card, journal)
     result = DistillResult(
         path=out, keep=job.plan.keep, teacher_layers=folder.layers, steps=job.steps, tokens_seen=tokens,
         seconds=round(trainer.seconds, 3), dev_before=before, dev_after=after, curves=tuple(journal.rows),
+        cost=cost,
     )  # fmt: skip
     facts = {**dataclasses.asdict(result), "path": None}
     atomic_write(
@@ -200,6 +208,29 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     )
     sweep_checkpoints(work, keep=None)
     return result
+
+
+def _rollouts(job: Job, held_out: HeldOut, held_out_kl: float | None) -> Rollouts | None:
+    settings = job.config.on_policy
+    if settings is None:
+        return None
+    return Rollouts(
+        settings, steps=job.steps, seed=job.config.seed, vocab_size=job.vocab_size,
+        stop=stop_ids(job.teacher, job.tokenizer), pad_id=job.pad_id,
+        measure=lambda student: held_out.measure(student)["kl"], held_out_kl=held_out_kl,
+    )  # fmt: skip
+
+
+def _cost(job: Job, teacher: Teacher | None, tokens: int, rollouts: Rollouts | None) -> Cost:
+    """``tokens``: those that the student was trained on; a live teacher reads the same ones."""
+    asked = 0
+    if teacher is not None:
+        asked = tokens if teacher.live else int(job.train.lengths.sum())
+    return Cost(
+        teacher_forward_tokens=asked,
+        student_forward_tokens=tokens + (rollouts.prompt_tokens_read if rollouts else 0),
+        student_generated_tokens=rollouts.tokens_written if rollouts else 0,
+    )
 
 
 def _write(

@@ -65,6 +65,11 @@ class Teacher:
         """Numbers in one hidden state."""
         return self.folder.hidden_size
 
+    @property
+    def live(self) -> bool:
+        """Whether it reads each batch anew, and no cache answers for it."""
+        return self._cache is None
+
     def remember(self, examples: Examples, work: Path, progress: Progress = silent) -> None:
         """Fill the cache of vectors for ``examples`` (resumable), from which :meth:`say` then reads."""
         key = {"teacher": self.folder.model_id, "texts": examples.digest(), "pad_id": self.pad_id}

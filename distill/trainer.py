@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import EdgestillError
+from ..files import read_json
 from ..progress import Progress, silent
 from ..recipe import DistillConfig
 from .batches import Batch, Examples, collate, plan_batches
 from .checkpoint import load_torch_state, save_torch_state, sweep_checkpoints, write_checkpoint
 from .journal import Journal
 from .objective import Counts, Objective, count_items
+from .rollout import Rollouts
 from .teacher import Said, Teacher
 
 __all__ = ["DistillTrainer", "training_arguments"]
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-WEIGHTS_FILE, CLOCK_FILE = "weights.pt", "clock.json"
+WEIGHTS_FILE, CLOCK_FILE, ROLLOUT_FILE = "weights.pt", "clock.json", "rollout.json"
 
 
 def training_arguments(config: DistillConfig, steps: int, work: Path) -> transformers.TrainingArguments:
@@ -79,7 +83,9 @@ class DistillTrainer(transformers.Trainer):
         journal: Journal,
         seconds: float = 0.0,
         progress: Progress = silent,
+        rollouts: Rollouts | None = None,
     ) -> None:
+        self._rollouts = rollouts
         self._teacher = teacher
         self._journal = journal
         self._progress = progress
@@ -107,6 +113,19 @@ class DistillTrainer(transformers.Trainer):
             self.train_dataset, batch_sampler=self._plan, collate_fn=self.data_collator, num_workers=0
         )
         return loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Counts]:
+        """The forward passes of one optimiser step, rewritten by the student where that is its turn, and their counts.
+
+        Here and not in the data loader: that one reads ahead, so the student would write with older weights.
+        """
+        batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._rollouts is None or not batches:
+            return batches, counts
+        batches = self._rollouts.take(self.model.student, batches, self.state.global_step + 1)
+        return batches, count_items(batches)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Counts:
         return count_items(batch_samples)
@@ -139,6 +158,8 @@ class DistillTrainer(transformers.Trainer):
             "learning_rate": logs["learning_rate"],
             "tokens": int(self.state.num_input_tokens_seen),
         }
+        if self._rollouts is not None:
+            row |= {"words": self._rollouts.words, "ratio": self._rollouts.ratio}
         self._parts = None
         self._journal.append(row)
         self.control: Any = self.callback_handler.on_log(self.args, self.state, self.control, dict(row))
@@ -153,8 +174,12 @@ class DistillTrainer(transformers.Trainer):
             save_torch_state(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
             self._save_rng_state(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))
+            if self._rollouts is not None:
+                (folder / ROLLOUT_FILE).write_text(json.dumps(self._rollouts.state()), encoding="utf-8")
             (folder / CLOCK_FILE).write_text(f"{self.seconds:.3f}\n", encoding="utf-8")
         sweep_checkpoints(Path(self.args.output_dir), keep=target)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.model.load_state_dict(load_torch_state(Path(resume_from_checkpoint) / WEIGHTS_FILE))
+        if self._rollouts is not None:
+            self._rollouts.load(read_json(Path(resume_from_checkpoint) / ROLLOUT_FILE))
