@@ -21,12 +21,11 @@ from torch import nn
 
 from ..checkpoints import ModelFolder
 from ..errors import RecipeError, Unsupported
+from ..loss_names import LOSS_NAMES, parse_loss
 from ..recipe import DistillConfig
 from ..recipe_teaching import OnPolicyConfig, Writing
 from .batches import LEARN_OWN, Batch, collate
-from .losses import LOSSES
 from .sampling import Writer
-from .signal import Labels
 from .student import StudentPlan
 
 __all__ = ["Rollouts", "check_on_policy", "check_window", "prompt_length"]
@@ -77,7 +76,7 @@ def check_on_policy(
             hint="ask the teacher live, or use [distill.sequence], whose texts can be cached",
         )
     check_window(settings, "on_policy", window)
-    if not any(weight and LOSSES[str(name)].signal is not Labels for name, weight in config.loss.items()):
+    if not any(weight and LOSS_NAMES[parse_loss(name).name].reads != "labels" for name, weight in config.loss.items()):
         raise RecipeError(
             "[distill.on_policy] needs a loss that asks the teacher: cross-entropy would only repeat the student",
             hint="add reverse_kl, jsd or another divergence to [distill] loss",

@@ -163,7 +163,7 @@ def _run(teacher: Path, place: Path, data: DataSets, config: DistillConfig, **ch
 def test_a_student_learns_from_its_own_texts(tiny_llama: Path, tmp_path: Path, data: DataSets):
     config = _config(
         on_policy={**WRITING, "ratio": 1.0, "replay": 16}, max_steps=60, batch_size=8, schedule="constant",
-        loss={"forward_kl": 1.0, "cross_entropy": 0.5},
+        loss={"forward_kl": 1.0, "jsd:0.5": 0.5, "cross_entropy": 0.5},
     )  # fmt: skip
     result = _run(tiny_llama, tmp_path, data, config)
     rows = result.curves[1:-1]
