@@ -255,6 +255,9 @@ def _emit(result: Any, as_json: bool) -> None:
         show(result)
 
 
+_INTERRUPTED = 130
+
+
 def _say(text: str) -> None:
     from .terminal import stderr
 
@@ -285,10 +288,9 @@ def _fail(error: BaseException) -> int:
 def main() -> None:
     """Entry point of the ``edgestill`` command."""
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(standalone_mode=False) or 0  # typer itself turns Ctrl-C into this code
     except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted; the same command goes on where it stopped")
-        code = 130
+        code = _INTERRUPTED
     except BrokenPipeError:
         sys.stdout = None  # the reader went away, as `| head` does
         code = 0
@@ -296,4 +298,6 @@ def main() -> None:
         if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument
             error = UsageError(error.format_message(), hint="edgestill --help, or edgestill COMMAND --help")
         code = _fail(error)
+    if code == _INTERRUPTED:
+        _say("interrupted; the same command goes on where it stopped")
     sys.exit(code)

@@ -327,3 +327,20 @@ def test_a_killed_run_ends_as_an_undisturbed_one(
     assert hashes(tmp_path / "tiny") == hashes(folder / "runs/tiny")
     leftovers = list((tmp_path / "tiny").rglob("*.partial"))
     assert leftovers == []
+
+
+def test_ctrl_c_says_how_to_go_on(tiny_bert: Path, text: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_bert, text, "onnx:int8")
+    command = [sys.executable, "-m", "edgestill", "run", str(recipe), "--runs", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        before = []
+        for line in process.stderr:
+            before.append(line)
+            if "distil the student" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 130, "".join(before) + rest
+    assert rest.splitlines()[-1] == "interrupted; the same command goes on where it stopped"
+    assert "Traceback" not in rest
