@@ -178,6 +178,14 @@ def test_close_does_not_wait_for_ever(start, monkeypatch):
     assert gone(worker.pid)
 
 
+def test_close_does_not_wait_for_one_that_says_yes_and_stays(start, monkeypatch):
+    worker = start()
+    monkeypatch.setattr(local, "_CLOSE_SECONDS", 0.01)
+    monkeypatch.setattr(worker, "request", lambda _op: None)  # as if the answer had come and the process lingered
+    worker.close()
+    assert gone(worker.pid)
+
+
 def test_a_worker_that_is_no_worker(toy, tmp_path):
     folder = toy()
     with pytest.raises(WorkerError, match="ended with status 1 during hello"):
