@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_va
 from .errors import BadInput, RecipeError, nearest
 from .loss_names import LOSS_NAMES, parse_loss
 from .recipe_base import Positive, PositiveFloat, Source, Strict, TeacherConfig, Weight
-from .recipe_teaching import OnPolicyConfig
+from .recipe_teaching import OnPolicyConfig, SequenceConfig
 
 __all__ = [
     "BenchConfig",
@@ -171,6 +171,8 @@ class DistillConfig(Strict):
     """CPU threads; by default all that this process may use."""
     on_policy: OnPolicyConfig | None = None
     """the student writes, the teacher scores what was written (text generation)."""
+    sequence: SequenceConfig | None = None
+    """the teacher writes first, and the student learns from its texts (text generation)."""
 
     @field_validator("loss", mode="before")
     @classmethod

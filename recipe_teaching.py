@@ -48,7 +48,7 @@ class SequenceConfig(Writing):
     """`[distill.sequence]`: before training, the teacher continues the beginnings of the training texts (Kim and Rush,
     arXiv 1606.07947); the student learns from its words. Prompts are not learnt from."""
 
-    share: Share = 1.0
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """share of the training examples whose continuation the teacher writes; the others stay as they are."""
     sampling_temperature: Weight = 0.0
     """of what is drawn (0: always the likeliest token); `temperature`, in [distill], is that of the loss."""

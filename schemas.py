@@ -73,6 +73,7 @@ def recipe_reference() -> str:
         "`[teacher]`": recipe.TeacherConfig, "`[student]`": recipe.StudentConfig, "`[data]`": recipe.DataConfig,
         "`[[data.text]]`": recipe.TextConfig, "`[[data.task]]`": recipe.TaskConfig,
         "`[distill]`": recipe.DistillConfig, "`[distill.on_policy]`": recipe_teaching.OnPolicyConfig,
+        "`[distill.sequence]`": recipe_teaching.SequenceConfig,
         "`[[export]]`": recipe.ExportConfig, "`[bench]`": recipe.BenchConfig,
         "`[gates]`, a table for each metric": recipe.GateConfig,
     }  # fmt: skip

@@ -22,6 +22,7 @@ from ..errors import BadInput, RecipeError, ResourceExhausted
 from ..files import atomic_directory, atomic_write, hash_json, hash_tree, read_json
 from ..progress import Progress, silent
 from ..recipe import DistillConfig, StudentConfig
+from ..recipe_teaching import SequenceConfig
 from ..torch_models import quiet
 from .batches import Examples, encode
 from .checkpoint import find_checkpoint, sweep_checkpoints
@@ -32,7 +33,8 @@ from .losses import Loss, select_losses
 from .objective import Objective
 from .result import DistillResult
 from .rollout import Rollouts, check_on_policy
-from .sampling import stop_ids
+from .sampling import Writer, stop_ids
+from .sequence import check_sequence, write_texts
 from .student import StudentPlan, make_student, map_layers, plan_student
 from .teacher import Teacher
 from .trainer import CLOCK_FILE, DistillTrainer, training_arguments
@@ -140,6 +142,7 @@ def _prepare(folder: ModelFolder, plan: StudentPlan, config: DistillConfig, data
     dev = encode(data.split("dev"), tokenizer, folder.task, length, prefix=prefix)
     if not len(train):
         raise BadInput("[distill] found no text to learn from", hint="set `train` in a [[data.text]]")
+    check_sequence(config.sequence, folder, length)
     check_on_policy(config, folder, plan, window=length, held_out=len(dev))
     group = config.batch_size * config.gradient_accumulation
     steps = config.max_steps or max(1, round(config.epochs * len(train) / group))
@@ -166,6 +169,8 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     arguments = training_arguments(config, job.steps, work)
     mapped = map_layers(config.layer_map, job.plan.keep, folder.layers) if config.loss.get("hidden_states") else ()
     teacher = Teacher(folder, mapped, job.pad_id, arguments.device)
+    if config.sequence is not None:
+        job = dataclasses.replace(job, train=_written(job, config.sequence, teacher, work, progress))
     model = make_student(folder, job.plan).to(arguments.device)
     held_out = HeldOut(job.dev, teacher, job.vocab_size)
     objective = Objective(
@@ -196,6 +201,8 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     journal.append({"step": job.steps, "tokens": tokens, "dev": after})
     cost = dataclasses.asdict(_cost(job, teacher if objective.needs_teacher else None, tokens, rollouts))
     card = {**_card(folder, job.plan, job, tokens, before, after), "cost": cost}
+    if config.sequence is not None:
+        card["sequence"] = {"texts": sum(map(bool, job.train.prompts)), "sha256": job.train.digest()}
     _write(model.to("cpu"), job.tokenizer, out, folder, card, journal)
     result = DistillResult(
         path=out, keep=job.plan.keep, teacher_layers=folder.layers, steps=job.steps, tokens_seen=tokens,
@@ -208,6 +215,14 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     )
     sweep_checkpoints(work, keep=None)
     return result
+
+
+def _written(job: Job, settings: SequenceConfig, teacher: Teacher, work: Path, progress: Progress) -> Examples:
+    """The training examples after the teacher has continued its share of them."""
+    stop = stop_ids(job.teacher, job.tokenizer)
+    writer = Writer([teacher.model], settings, vocab_size=job.vocab_size, stop=stop, pad_id=job.pad_id, whose="teacher")
+    key = {"teachers": [[job.teacher.model_id, 1.0]], "stop": sorted(stop), "vocab_size": job.vocab_size}
+    return write_texts(job.train, settings, writer, seed=job.config.seed, key=key, work=work, progress=progress)
 
 
 def _rollouts(job: Job, held_out: HeldOut, held_out_kl: float | None) -> Rollouts | None:
@@ -226,8 +241,13 @@ def _cost(job: Job, teacher: Teacher | None, tokens: int, rollouts: Rollouts | N
     asked = 0
     if teacher is not None:
         asked = tokens if teacher.live else int(job.train.lengths.sum())
+    # What a teacher wrote is in the examples: tokens after a prompt.
+    written = [
+        (prompt, len(ids) - prompt) for ids, prompt in zip(job.train.ids, job.train.prompts, strict=False) if prompt
+    ]
     return Cost(
-        teacher_forward_tokens=asked,
+        teacher_forward_tokens=asked + sum(prompt for prompt, _ in written),
+        teacher_generated_tokens=sum(count for _, count in written),
         student_forward_tokens=tokens + (rollouts.prompt_tokens_read if rollouts else 0),
         student_generated_tokens=rollouts.tokens_written if rollouts else 0,
     )
