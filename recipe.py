@@ -18,6 +18,7 @@ from .errors import BadInput, RecipeError, nearest
 from .loss_names import LOSS_NAMES, parse_loss
 from .recipe_base import Positive, PositiveFloat, Source, Strict, TeacherConfig, Weight
 from .recipe_teaching import OnPolicyConfig, SequenceConfig
+from .recipe_training import LoraConfig
 
 __all__ = [
     "BenchConfig",
@@ -173,6 +174,27 @@ class DistillConfig(Strict):
     """the student writes, the teacher scores what was written (text generation)."""
     sequence: SequenceConfig | None = None
     """the teacher writes first, and the student learns from its texts (text generation)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """of the student's layers while it trains (`bf16`: autocast). Weights, losses, the teacher and what is saved are
+    fp32."""
+    gradient_checkpointing: bool = False
+    """compute each layer again in the backward pass: much less memory, about a third more time, the same result."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """decay of an exponential moving average of the weights, e.g. 0.999; the average is what is measured and saved."""
+    lora: LoraConfig | None = None
+    evaluate_every: Positive | None = None
+    """optimiser steps between two measurements on the dev split; by default only before and after."""
+    patience: Positive | None = None
+    """stop after so many measurements (`evaluate_every`) without a better one (KL, or Spearman for embeddings); the
+    best weights are the student."""
+    report_to: tuple[Literal["tensorboard", "mlflow", "trackio"], ...] = ()
+    """trackers that get every step's losses; they write into the run's work folder."""
+
+    @model_validator(mode="after")
+    def _patience(self) -> Self:
+        if self.patience is not None and self.evaluate_every is None:
+            raise ValueError("`patience` counts measurements: set `evaluate_every` too")
+        return self
 
     @field_validator("loss", mode="before")
     @classmethod

@@ -65,7 +65,7 @@ def generate() -> dict[str, Mapping[str, Any]]:
 
 def recipe_reference() -> str:
     """``docs/recipe.md``: every section with every key, its type, default and meaning."""
-    from . import recipe, recipe_teaching
+    from . import recipe, recipe_teaching, recipe_training
 
     variants = ", ".join(f"`{form}:{name}`" for form, names in recipe.QUANTISATIONS.items() for name in names)
     parts = [_INTRO.format(variants=variants), _section("At the top", recipe.Recipe)]
@@ -74,6 +74,7 @@ def recipe_reference() -> str:
         "`[[data.text]]`": recipe.TextConfig, "`[[data.task]]`": recipe.TaskConfig,
         "`[distill]`": recipe.DistillConfig, "`[distill.on_policy]`": recipe_teaching.OnPolicyConfig,
         "`[distill.sequence]`": recipe_teaching.SequenceConfig,
+        "`[distill.lora]`": recipe_training.LoraConfig,
         "`[[export]]`": recipe.ExportConfig, "`[bench]`": recipe.BenchConfig,
         "`[gates]`, a table for each metric": recipe.GateConfig,
     }  # fmt: skip

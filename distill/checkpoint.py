@@ -16,7 +16,14 @@ import torch
 from ..errors import BadInput, ResourceExhausted
 from ..files import atomic_directory, disk_errors
 
-__all__ = ["find_checkpoint", "load_torch_state", "save_torch_state", "sweep_checkpoints", "write_checkpoint"]
+__all__ = [
+    "find_checkpoint",
+    "full_disk_is_said",
+    "load_torch_state",
+    "save_torch_state",
+    "sweep_checkpoints",
+    "write_checkpoint",
+]
 
 SIZES_FILE = "checkpoint.json"
 
@@ -49,10 +56,16 @@ def sweep_checkpoints(work: Path, keep: Path | None) -> None:
 
 def save_torch_state(value: Any, path: Path) -> None:
     """``torch.save`` through Python's own file, so that a full disk is an ``OSError`` and no C++ error."""
+    with full_disk_is_said(path), path.open("wb") as stream:
+        torch.save(value, stream)
+
+
+@contextlib.contextmanager
+def full_disk_is_said(path: Path) -> Iterator[None]:
+    """Turn torch's error about a failed write into :class:`ResourceExhausted` when the disk of ``path`` is full."""
     with disk_errors(path):
         try:
-            with path.open("wb") as stream:
-                torch.save(value, stream)
+            yield
         except RuntimeError as error:
             # torch reports a failed write from its destructor, too, and hides the OSError behind it.
             cause = error.__cause__ or error.__context__

@@ -118,7 +118,8 @@ class Loss:
     ``function`` takes ``(student, signal, mask, *parameters)``; :meth:`values` fills them in. ``unit`` says for each
     task that it fits what its values are counted by: ``predicted`` tokens (a real token with a real one before it),
     real ``tokens``, ``examples``, or ``labelled`` examples. Its values carry the factor
-    ``temperature ** temperature_power``. ``taking(*parameters)`` says how each kind of signal is taken.
+    ``temperature ** temperature_power``. ``taking(*parameters)`` says how each kind of signal is taken. ``pairwise``:
+    it compares the texts of a forward pass with each other, so that processes which share the pass must see all.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Loss:
     taking: Taking
     temperature_power: int = 0
     parameters: tuple[float, ...] = ()
+    pairwise: bool = False
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -162,7 +164,7 @@ _ROWS = (
     Loss("cross_entropy", cross_entropy, Labels, _LABELS, _only(Labels)),
     Loss("hidden_states", hidden_states, Hidden, _ENCODERS_AND_DECODERS, _only(Hidden)),
     Loss("embedding_cosine", embedding_cosine, Embedding, _VECTORS, _only(Embedding)),
-    Loss("embedding_gram", embedding_gram, Embedding, _VECTORS, _only(Embedding)),
+    Loss("embedding_gram", embedding_gram, Embedding, _VECTORS, _only(Embedding), pairwise=True),
     Loss("reverse_kl", reverse_kl, Dense, _LOGITS, _logits(_BUCKETS), 2),
     Loss("jsd", jsd, Dense, _LOGITS, _logits(_BUCKETS), 2),
     Loss("skew_kl", skew_kl, Dense, _LOGITS, _logits(_BUCKETS), 2),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..artifact import Task
 from ..loss_names import parse_loss
+from . import ranks
 from .batches import LEARN_OWN, Batch
 from .chunked import chunked_head
 from .losses import Loss, predicting, reduce_step, select_losses, shift
@@ -111,12 +112,20 @@ class Objective(nn.Module):
         Both are already divided by ``counts`` of the whole optimiser step, so passes simply add up.
         """
         raw: dict[str, Tensor] = {}
+        output = self._hidden(batch) if self.task == "text-generation" else vectors(self.student, batch)
+        # Autocast ends with the student's layers: a small KL over a large vocabulary is noise in bf16.
+        with torch.autocast(output.device.type, enabled=False):
+            return self._losses(_wide(output), batch, said, counts, raw)
+
+    def _losses(
+        self, output: Tensor, batch: Batch, said: Said, counts: Counts, raw: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         if self.task == "text-generation":
-            total = self._generation(batch, said, counts, raw)
+            total = self._generation(output, batch, said, counts, raw)
         else:
-            total = self._pooled(batch, said, counts, raw)
+            total = self._pooled(output, batch, said, counts, raw)
         if self._outputs is not None and self.projectors is not None:
-            states = self.projectors(self._outputs.take())
+            states = self.projectors([_wide(state) for state in self._outputs.take()])
             learnt = batch["learn"] > 0 if "learn" in batch else batch["attention_mask"]
             value = self._value("hidden_states", states, Hidden(said.blocks or ()), learnt, counts)
             raw["hidden_states"] = value.detach()
@@ -127,8 +136,20 @@ class Objective(nn.Module):
         loss = self.losses[name]
         return reduce_step(loss.values(output, signal, mask), counts[loss.unit[self.task]])
 
-    def _pooled(self, batch: Batch, said: Said, counts: Counts, raw: dict[str, Tensor]) -> Tensor:
-        output = vectors(self.student, batch)
+    def _pairwise(self, name: str, output: Tensor, signal: Signal, counts: Counts) -> Tensor:
+        """This process's share of a loss that compares the texts of the whole pass, wherever they are."""
+        assert isinstance(signal, Embedding)
+        ours, theirs = ranks.gather_rows(output), ranks.gather_rows(signal.vectors)
+        everything = torch.ones(len(ours), dtype=torch.bool, device=ours.device)
+        return self._value(name, ours, Embedding(theirs), everything, counts) / ranks.world()
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """The student's states [B, T, D] before its language-model head."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        states: Tensor = base_model(self.student)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return states
+
+    def _pooled(self, output: Tensor, batch: Batch, said: Said, counts: Counts, raw: dict[str, Tensor]) -> Tensor:
         everything = torch.ones(len(output), dtype=torch.bool, device=output.device)
         total = output.new_zeros(())
         for name, loss in self.losses.items():
@@ -137,7 +158,10 @@ class Objective(nn.Module):
             mask, signal = everything, self._signal(loss, said.vectors, batch["label"].clamp_min(0))
             if loss.signal is Labels:
                 mask = batch["label"] >= 0
-            value = self._value(name, output, signal, mask, counts)
+            if loss.pairwise and ranks.world() > 1:
+                value = self._pairwise(name, output, signal, counts)
+            else:
+                value = self._value(name, output, signal, mask, counts)
             raw[name] = value.detach()
             total = total + self.weights[name] * value
         return total
@@ -148,9 +172,8 @@ class Objective(nn.Module):
         assert theirs is not None  # needs_teacher said so
         return Embedding(theirs) if loss.signal is Embedding else Dense(theirs, self.temperature, self.vocab_size)
 
-    def _generation(self, batch: Batch, said: Said, counts: Counts, raw: dict[str, Tensor]) -> Tensor:
+    def _generation(self, hidden: Tensor, batch: Batch, said: Said, counts: Counts, raw: dict[str, Tensor]) -> Tensor:
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        hidden = base_model(self.student)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         names = [name for name in self.losses if name != "hidden_states"]
         if not names:
             return hidden.new_zeros(())
@@ -181,3 +204,8 @@ class Objective(nn.Module):
         total, parts = chunked_head(states, student.get_output_embeddings(), chunk)
         raw.update(zip(names, parts.unbind(), strict=True))
         return total
+
+
+def _wide(states: Tensor) -> Tensor:
+    """At least fp32, whatever autocast made of them."""
+    return states if states.dtype in (torch.float32, torch.float64) else states.float()

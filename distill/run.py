@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,19 +21,25 @@ from ..progress import Progress, silent
 from ..recipe import DistillConfig, StudentConfig
 from ..recipe_teaching import SequenceConfig
 from ..torch_models import quiet
+from . import ranks
 from .batches import Examples, encode
 from .checkpoint import find_checkpoint, sweep_checkpoints
 from .cost import Cost
 from .evaluate import HeldOut
-from .journal import Journal
+from .journal import Journal, Row
+from .limits import limited_threads, memory_errors
+from .lora import add_lora, merge_lora
 from .losses import Loss, select_losses
 from .objective import Objective
+from .precision import check_precision
+from .recompute import recompute_blocks
 from .result import DistillResult
 from .rollout import Rollouts, check_on_policy
 from .sampling import Writer, stop_ids
 from .sequence import check_sequence, write_texts
 from .student import StudentPlan, make_student, map_layers, plan_student
 from .teacher import Teacher
+from .trackers import check_trackers, trackers_write_into
 from .trainer import CLOCK_FILE, DistillTrainer, training_arguments
 
 if TYPE_CHECKING:
@@ -49,7 +52,7 @@ CARD_FILE, JOURNAL_FILE, RESULT_FILE, IDENTITY_FILE = (
     "distillation.json", "training.jsonl", "result.json", "identity.json",
 )  # fmt: skip
 # Settings that change when checkpoints are written or how fast it goes, and not what comes out.
-NOT_IDENTITY = {"save_every", "threads"}
+NOT_IDENTITY = {"save_every", "threads", "gradient_checkpointing", "report_to"}
 
 
 @dataclass(frozen=True)
@@ -117,13 +120,16 @@ def run(
         with quiet():
             _write(make_student(folder, plan), load_tokenizer(teacher), out, folder, _card(folder, plan), None)
         return DistillResult(out, plan.keep, folder.layers)
+    check_trackers(config.report_to)
+    ranks.start()
+    progress = progress if ranks.is_first() else silent
     job = _prepare(folder, plan, config, data, max_length)
     identity = job.identity()
-    done = _finished(out, work, identity)
+    done = ranks.from_first(lambda: _finished(out, work, identity))
     if done is not None:
         return done
-    _claim(work, identity)
-    with quiet(), _threads(config.threads), _memory_errors():
+    ranks.from_first(lambda: _claim(work, identity))
+    with quiet(), limited_threads(config.threads), memory_errors(), trackers_write_into(work):
         return _train(job, out, work, identity, progress)
 
 
@@ -144,6 +150,13 @@ def _prepare(folder: ModelFolder, plan: StudentPlan, config: DistillConfig, data
         raise BadInput("[distill] found no text to learn from", hint="set `train` in a [[data.text]]")
     check_sequence(config.sequence, folder, length)
     check_on_policy(config, folder, plan, window=length, held_out=len(dev))
+    if config.batch_size % ranks.world():
+        raise RecipeError(
+            f"[distill] batch_size = {config.batch_size} can't be shared by {ranks.world()} processes",
+            hint="make it a multiple of them: each forward pass is cut among the processes",
+        )
+    if config.evaluate_every and not len(dev):
+        raise RecipeError("[distill] evaluate_every has no text to measure on", hint="set `dev` in a [[data.text]]")
     group = config.batch_size * config.gradient_accumulation
     steps = config.max_steps or max(1, round(config.epochs * len(train) / group))
     return Job(folder, plan, config, train, dev, tokenizer, steps)
@@ -167,54 +180,89 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     began = time.monotonic()
     config, folder = job.config, job.teacher
     arguments = training_arguments(config, job.steps, work)
+    check_precision(config.precision, arguments.device)
     mapped = map_layers(config.layer_map, job.plan.keep, folder.layers) if config.loss.get("hidden_states") else ()
     teacher = Teacher(folder, mapped, job.pad_id, arguments.device)
     if config.sequence is not None:
-        job = dataclasses.replace(job, train=_written(job, config.sequence, teacher, work, progress))
+        with ranks.first_goes_ahead():
+            job = dataclasses.replace(job, train=_written(job, config.sequence, teacher, work, progress))
     model = make_student(folder, job.plan).to(arguments.device)
-    held_out = HeldOut(job.dev, teacher, job.vocab_size)
+    held_out = HeldOut(job.dev if ranks.is_first() else Examples((), ()), teacher, job.vocab_size)
+    if config.lora is not None:
+        add_lora(model, config.lora, config.seed)
     objective = Objective(
         model, folder.task, job.weights, temperature=config.temperature, vocab_size=job.vocab_size,
         teacher_width=teacher.width, seed=config.seed,
     )  # fmt: skip
+    if objective.needs_teacher:
+        _check_something_to_learn(model, teacher.model)
+    if config.gradient_checkpointing:
+        recompute_blocks(model)
     if objective.needs_teacher and not mapped and folder.task != "text-generation":
-        teacher.remember(job.train, work, progress)
-    _check_room(work, objective)
-    journal = Journal(work / JOURNAL_FILE)
-    found = find_checkpoint(work)
-    checkpoint, step = found or (None, 0)
-    sweep_checkpoints(work, keep=checkpoint)
-    journal.rewind(step)
-    if not journal.rows or "dev" not in journal.rows[0]:
-        journal.rewind(-1)
-        journal.append({"step": 0, "tokens": 0, "dev": held_out.measure(model)})
+        with ranks.first_goes_ahead():
+            teacher.remember(job.train, work, progress)
+
+    def measure() -> dict[str, float]:
+        return ranks.from_first(lambda: held_out.measure(model))
+
+    journal = Journal(work / JOURNAL_FILE if ranks.is_first() else None)
+    checkpoint, journal.rows = ranks.from_first(lambda: _resume(work, journal, objective, config))
+    if not journal.rows:
+        journal.append({"step": 0, "tokens": 0, "dev": measure()})
     before_kill = float((checkpoint / CLOCK_FILE).read_text(encoding="utf-8")) if checkpoint else 0.0
     rollouts = _rollouts(job, held_out, journal.rows[0]["dev"].get("kl"))
     trainer = DistillTrainer(
         objective, teacher if objective.needs_teacher else None, job.train, config, arguments,
-        pad_id=job.pad_id, journal=journal, seconds=before_kill + time.monotonic() - began, progress=progress,
-        rollouts=rollouts,
+        pad_id=job.pad_id, journal=journal, measure=measure, seconds=before_kill + time.monotonic() - began,
+        progress=progress, rollouts=rollouts,
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    tokens = int(trainer.state.num_input_tokens_seen)
-    before, after = journal.rows[0]["dev"], held_out.measure(model)
-    journal.append({"step": job.steps, "tokens": tokens, "dev": after})
+    trainer.learn(checkpoint)
+    steps, tokens = int(trainer.state.global_step), int(trainer.state.num_input_tokens_seen)
+    if config.lora is not None:
+        merge_lora(model)
+    before, after = journal.rows[0]["dev"], measure()
+    journal.append({"step": steps, "tokens": tokens, "dev": after})
     cost = dataclasses.asdict(_cost(job, teacher if objective.needs_teacher else None, tokens, rollouts))
-    card = {**_card(folder, job.plan, job, tokens, before, after), "cost": cost}
-    if config.sequence is not None:
-        card["sequence"] = {"texts": sum(map(bool, job.train.prompts)), "sha256": job.train.digest()}
-    _write(model.to("cpu"), job.tokenizer, out, folder, card, journal)
     result = DistillResult(
-        path=out, keep=job.plan.keep, teacher_layers=folder.layers, steps=job.steps, tokens_seen=tokens,
+        path=out, keep=job.plan.keep, teacher_layers=folder.layers, steps=steps, tokens_seen=tokens,
         seconds=round(trainer.seconds, 3), dev_before=before, dev_after=after, curves=tuple(journal.rows),
         cost=cost,
     )  # fmt: skip
-    facts = {**dataclasses.asdict(result), "path": None}
-    atomic_write(
-        work / RESULT_FILE, json.dumps({"identity": identity, "output": hash_tree(out), "result": facts}) + "\n"
-    )
-    sweep_checkpoints(work, keep=None)
-    return result
+
+    def write() -> DistillResult:
+        card = {**_card(folder, job.plan, job, result, trainer.best_step), "cost": cost}
+        if config.sequence is not None:
+            card["sequence"] = {"texts": sum(map(bool, job.train.prompts)), "sha256": job.train.digest()}
+        _write(model.to("cpu"), job.tokenizer, out, folder, card, journal)
+        facts = {**dataclasses.asdict(result), "path": None}
+        record = {"identity": identity, "output": hash_tree(out), "result": facts}
+        atomic_write(work / RESULT_FILE, json.dumps(record) + "\n")
+        sweep_checkpoints(work, keep=None)
+        return result
+
+    return ranks.from_first(write)
+
+
+def _resume(work: Path, journal: Journal, objective: Objective, config: DistillConfig) -> tuple[Path | None, list[Row]]:
+    """The checkpoint to go on from, and the journal up to it; what was done later is forgotten."""
+    _check_room(work, objective, config)
+    checkpoint, step = find_checkpoint(work) or (None, 0)
+    sweep_checkpoints(work, keep=checkpoint)
+    journal.rewind(step)
+    if not journal.rows or "dev" not in journal.rows[0]:
+        journal.rewind(-1)
+    return checkpoint, journal.rows
+
+
+def _check_something_to_learn(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a student that is its teacher, number for number: its loss is 0 and stays so."""
+    theirs, ours = dict(teacher.named_parameters()), dict(student.named_parameters())
+    same = theirs.keys() == ours.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    if same:
+        raise RecipeError(
+            "the student is the whole teacher: it has nothing to learn from it",
+            hint="make it smaller, e.g. [student] layers = 3, or leave [distill] out to ship the model as it is",
+        )
 
 
 def _written(job: Job, settings: SequenceConfig, teacher: Teacher, work: Path, progress: Progress) -> Examples:
@@ -271,9 +319,8 @@ def _card(
     folder: ModelFolder,
     plan: StudentPlan,
     job: Job | None = None,
-    tokens: int = 0,
-    before: dict[str, float] | None = None,
-    after: dict[str, float] | None = None,
+    result: DistillResult | None = None,
+    best_step: int | None = None,
 ) -> dict[str, Any]:
     """What was done, without times and paths: equal runs write equal cards."""
     card: dict[str, Any] = {
@@ -284,7 +331,7 @@ def _card(
         "keep": list(plan.keep),
         "trained": job is not None,
     }
-    if job is None:
+    if job is None or result is None:
         return card
     config = job.config
     losses = {
@@ -295,11 +342,12 @@ def _card(
         **card,
         "losses": losses,
         "config": config.model_dump(mode="json", exclude=NOT_IDENTITY),
-        "steps": job.steps,
+        "steps": result.steps,
+        **({} if best_step is None else {"best_step": best_step}),
         "examples": len(job.train),
-        "tokens_seen": tokens,
-        "dev_before": before,
-        "dev_after": after,
+        "tokens_seen": result.tokens_seen,
+        "dev_before": dict(result.dev_before),
+        "dev_after": dict(result.dev_after),
     }
 
 
@@ -325,39 +373,17 @@ def _claim(work: Path, identity: str) -> None:
     atomic_write(path, json.dumps({"identity": identity}) + "\n")
 
 
-def _check_room(work: Path, objective: Objective) -> None:
-    """Two checkpoints (weights and two moments each) are on disk while one takes the other's place."""
+def _check_room(work: Path, objective: Objective, config: DistillConfig) -> None:
+    """Two checkpoints are on disk while one takes the other's place.
+
+    Each holds the weights, two moments of those that are trained, and what ``ema`` and ``patience`` remember.
+    """
     weights = sum(p.numel() * p.element_size() for p in objective.parameters())
-    needed, free = 2 * 3 * weights, shutil.disk_usage(work).free
+    trained = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
+    copies = 2 + (config.ema is not None) + (config.patience is not None)
+    needed, free = 2 * (weights + copies * trained), shutil.disk_usage(work).free
     if needed > free:
         raise ResourceExhausted(
             f"checkpoints need {needed / 1e6:.0f} MB in {work}, {free / 1e6:.0f} MB are free",
             hint="free some room, then run the same command again",
         )
-
-
-@contextlib.contextmanager
-def _threads(wanted: int | None) -> Iterator[None]:
-    """torch on ``wanted`` CPU threads, by default all that this process may use."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    before = torch.get_num_threads()
-    torch.set_num_threads(wanted or usable)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Turn "out of memory" of torch into :class:`ResourceExhausted` that says which knob to turn."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error).lower()
-        if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-            raise ResourceExhausted(
-                "not enough memory for one forward and backward pass",
-                hint="halve [distill] batch_size and double gradient_accumulation (same result), or lower max_length",
-            ) from error
-        raise

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgestill.checkpoints import load_torch, open_model
-from edgestill.data import DataSets, LabelledSet
+from edgestill.data import DataSets, LabelledSet, TextSet
 from edgestill.distill import DistillResult, distill
 from edgestill.errors import BadInput, EdgestillError, RecipeError, ResourceExhausted
 from edgestill.files import hash_tree
@@ -110,10 +110,24 @@ def test_labels_of_other_classes_are_not_taken(classifier: Path, tmp_path: Path,
         _run(classifier, tmp_path, other, _config({"cross_entropy": 1.0}))
 
 
-def test_keeping_all_layers_has_nothing_to_learn(encoder: Path, tmp_path: Path, data: DataSets):
-    result = _run(encoder, tmp_path, data, _config(EMBEDDING, max_steps=2), student=StudentConfig())
-    assert result.dev_before["cosine"] == pytest.approx(1.0, abs=1e-9)
-    assert result.dev_before["spearman"] == pytest.approx(1.0, abs=1e-9)
+def test_a_teacher_that_is_the_student_is_refused(encoder: Path, tmp_path: Path, data: DataSets):
+    with pytest.raises(RecipeError, match="nothing to learn") as caught:
+        _run(encoder, tmp_path, data, _config(EMBEDDING, max_steps=2), student=StudentConfig())
+    assert "layers" in caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_whole_teacher_may_learn_from_text(tiny_llama: Path, tmp_path: Path, data: DataSets):
+    result = _run(tiny_llama, tmp_path, data, _config({"cross_entropy": 1.0}, max_steps=4), student=StudentConfig())
+    assert result.dev_before["kl"] == pytest.approx(0.0, abs=1e-9)
+    assert result.dev_after["cross_entropy"] < result.dev_before["cross_entropy"]
+
+
+def test_texts_longer_than_the_model_are_cut_into_its_length(tiny_llama: Path, tmp_path: Path, data: DataSets):
+    long = DataSets((TextSet("long", (" ".join(data.split("train")),), (), (), (), "0" * 64),), ())
+    one = _config({"forward_kl": 1.0}, max_steps=1, batch_size=2)
+    result = _run(tiny_llama, tmp_path, long, one, max_length=100_000)
+    assert result.tokens_seen == 2 * 128  # two windows of the model's 128 places
 
 
 def test_equal_input_gives_equal_bytes_from_any_folder(encoder: Path, tmp_path: Path, data: DataSets):

@@ -26,6 +26,7 @@ from edgestill.distill import checkpoint, distill, run, trainer
 from edgestill.files import hash_tree
 from edgestill.recipe import DistillConfig, StudentConfig
 
+PLAIN = {"threads": 1, "batch_size": 4, "gradient_accumulation": 2, "max_steps": 14}
 texts = json.loads(sys.argv[4])
 data = DataSets((TextSet("words", tuple(texts[:120]), (), tuple(texts[120:]), (), "0" * 64),), ())
 
@@ -71,7 +72,7 @@ def live(job, kill):
     code = 1
     try:
         distill(teacher, place / job["name"] / "out", student=StudentConfig(layers=2), data=data, max_length=32,
-                config=DistillConfig(threads=1, batch_size=4, gradient_accumulation=2, max_steps=14, **job["config"]),
+                config=DistillConfig(**{**PLAIN, **job["config"]}),
                 work=place / job["name"] / "work", progress=arm(kill))
         code = 0
     except BaseException:
@@ -134,3 +135,30 @@ def test_a_killed_decoder_run_ends_with_the_same_bytes(tiny_llama: Path, tmp_pat
     report = _lives(tiny_llama, tmp_path, jobs, sentences)
     assert report["killed"]["killed"] == [9] * len(kills)
     assert report["killed"]["hash"] == report["whole"]["hash"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_killed_at_every_step_with_everything_that_has_a_state(tiny_llama: Path, tmp_path: Path, sentences: list[str]):
+    config = {
+        "loss": {"forward_kl": 1.0}, "max_steps": 6, "save_every": 1, "ema": 0.9, "evaluate_every": 1, "patience": 2,
+        "learning_rate": 1e-3, "lora": {"rank": 4}, "gradient_checkpointing": True,
+    }  # fmt: skip
+    # A rate that runs away: stopped early, after a best step that is not the last one.
+    stopped = {**config, "max_steps": 12, "learning_rate": 0.3, "schedule": "constant", "warmup_ratio": 0.0,
+               "lora": None, "ema": None}  # fmt: skip
+    steps = [f"step:{step}" for step in range(1, 7)]
+    jobs = [
+        {"name": "whole", "config": config, "kills": []},
+        {"name": "killed", "config": config, "kills": [*steps, "card:", "result:"]},
+        {"name": "seldom-saved", "config": {**config, "save_every": 4}, "kills": ["step:3", "step:6"]},
+        {"name": "stopped", "config": stopped, "kills": []},
+        {"name": "stopped-killed", "config": stopped, "kills": ["step:2", "file:extra.pt@3", "card:", "result:"]},
+    ]
+    report = _lives(tiny_llama, tmp_path, jobs, sentences)
+    for job in jobs:
+        assert report[job["name"]]["killed"] == [9] * len(job["kills"]), job["name"]
+    assert report["killed"]["hash"] == report["seldom-saved"]["hash"] == report["whole"]["hash"]
+    assert report["stopped-killed"]["hash"] == report["stopped"]["hash"] != report["whole"]["hash"]
+    card = json.loads((tmp_path / "stopped-killed" / "out" / "distillation.json").read_text())
+    assert card["best_step"] == card["steps"] - 2
+    assert card["steps"] < 12
