@@ -118,6 +118,13 @@ _ROWS = (
              (Parameter("alpha", 0.2, 0, 2), Parameter("beta", 0.7, 0, 2)), _not_both_zero),
     LossName("logit_mse", "mean squared difference of the logits over the vocabulary; temperature has no part in it",
              "logits"),
+    LossName("attention_maps", "KL between the attention of mapped blocks, head by head (equal numbers of heads)",
+             "blocks"),
+    LossName("attention_relations", "KL between the relations of queries, of keys and of values in the student's last "
+             "block and the teacher's that it is mapped to; relation_heads 0: the teacher's key-value heads", "blocks",
+             (Parameter("relation_heads", 0, 0, 4096, whole=True),)),
+    LossName("contrastive_scores", "KL between the softmax of the similarities of a text to the others of its batch",
+             "vectors", (Parameter("temperature", 0.05, 0, 10, above_low=True),)),
 )  # fmt: skip
 LOSS_NAMES: Mapping[str, LossName] = {row.name: row for row in _ROWS}
 """Every loss that a recipe can name, by its name without parameters."""

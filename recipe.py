@@ -52,6 +52,8 @@ def _full_loss_name(text: str) -> str:
 
 WeightedLoss = Annotated[str, AfterValidator(_full_loss_name)]
 
+LAYER_MAPS = ("last", "skip", "kept", "cka")
+
 # The variants each writer knows, in the order in which help texts list them.
 QUANTISATIONS: dict[str, tuple[str, ...]] = {
     "onnx": ("fp32", "fp16", "int8", "int4", "int8-dynamic", "int8-dynamic-per-channel"),
@@ -150,9 +152,10 @@ class DistillConfig(Strict):
     temperature: PositiveFloat = 1.0
     """softens both distributions in the losses between probabilities, whose value is multiplied by its square
     (total_variation: by itself), so that gradients keep their size."""
-    layer_map: Literal["last", "skip", "kept"] = "kept"
-    """which teacher layer each student layer imitates (hidden_states): `kept` the one it was copied from, `skip`
-    evenly spread, `last` the last ones."""
+    layer_map: Literal["last", "skip", "kept", "cka"] | tuple[Annotated[int, Field(ge=0)], ...] = "kept"
+    """which teacher layer each student layer imitates (hidden_states, attention_maps; attention_relations: the last
+    one): `kept` the one it was copied from, `skip` evenly spread, `last` the last ones, `cka` those with the most alike
+    states on training texts, in order; or a list, counted from 0."""
     epochs: PositiveFloat = 1.0
     max_steps: Positive | None = None
     """stop after so many optimiser steps, whatever `epochs` says."""
@@ -195,6 +198,19 @@ class DistillConfig(Strict):
         if self.patience is not None and self.evaluate_every is None:
             raise ValueError("`patience` counts measurements: set `evaluate_every` too")
         return self
+
+    @field_validator("layer_map", mode="before")
+    @classmethod
+    def _known_map(cls, value: Any) -> Any:
+        # Here and not by the type: of two possible types both would complain.
+        if isinstance(value, str) and value not in LAYER_MAPS:
+            raise ValueError(f"unknown map {value[:40]!r}; {nearest(value, LAYER_MAPS)}, or a list of layers")
+        if not isinstance(value, str):
+            if not isinstance(value, (list, tuple)) or any(type(layer) is not int or layer < 0 for layer in value):
+                raise ValueError("neither a name nor a list of layers counted from 0")
+            if not value:
+                raise ValueError("names no layer")
+        return value
 
     @field_validator("loss", mode="before")
     @classmethod

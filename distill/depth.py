@@ -11,7 +11,7 @@ from ..errors import RecipeError
 from ..recipe import StudentConfig
 from .anatomy import base_model, blocks
 
-__all__ = ["choose_layers", "cut_layers", "map_layers", "spread"]
+__all__ = ["choose_layers", "cut_layers", "spread"]
 
 # Config entries that hold one value for each layer. Transformers 5 checks the length of `layer_types`.
 PER_LAYER_KEYS = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -41,22 +41,6 @@ def choose_layers(config: StudentConfig, total: int) -> tuple[int, ...]:
     if config.layers is not None and config.layers > total:
         raise RecipeError(f"[student] layers = {config.layers}, but the teacher has {total}", hint="keep fewer")
     return spread(config.layers or total, total)
-
-
-def map_layers(how: str, keep: Sequence[int], total: int) -> tuple[int, ...]:
-    """Which teacher layer each student layer imitates: ``kept``, ``skip`` or ``last`` (PKD, arXiv 1908.09355).
-
-    >>> map_layers("kept", (0, 2, 5), 6), map_layers("skip", (0, 2, 5), 6), map_layers("last", (0, 2, 5), 6)
-    ((0, 2, 5), (1, 3, 5), (3, 4, 5))
-    """
-    count = len(keep)
-    if how == "kept":
-        return tuple(keep)
-    if how == "skip":
-        return tuple((index + 1) * total // count - 1 for index in range(count))
-    if how == "last":
-        return tuple(range(total - count, total))
-    raise RecipeError(f"unknown layer_map {how!r}", hint="known: kept, skip, last")
 
 
 def cut_layers(model: nn.Module, keep: Sequence[int]) -> None:

@@ -17,7 +17,14 @@ from torch import Tensor
 from ..artifact import Task
 from ..errors import RecipeError
 from ..loss_names import LOSS_NAMES, LossSpec, parse_loss
-from .feature_losses import embedding_cosine, embedding_gram, hidden_states
+from .feature_losses import (
+    attention_maps,
+    attention_relations,
+    contrastive_scores,
+    embedding_cosine,
+    embedding_gram,
+    hidden_states,
+)
 from .logit_losses import (
     alpha_beta,
     cross_entropy,
@@ -29,13 +36,16 @@ from .logit_losses import (
     skew_reverse_kl,
     total_variation,
 )
-from .signal import Dense, Embedding, Hidden, Labels, Sparse
+from .signal import Attention, Dense, Embedding, Hidden, Labels, Relations, Sparse
 
 __all__ = [
     "LOSSES",
     "Loss",
     "Taken",
     "alpha_beta",
+    "attention_maps",
+    "attention_relations",
+    "contrastive_scores",
     "cross_entropy",
     "embedding_cosine",
     "embedding_gram",
@@ -172,6 +182,9 @@ _ROWS = (
     Loss("total_variation", total_variation, Dense, _LOGITS, _logits(_BUCKETS), 1),
     Loss("alpha_beta", alpha_beta, Dense, _LOGITS, _alpha_beta_takes, 2),
     Loss("logit_mse", logit_mse, Dense, _LOGITS, _logits(_NEEDS_LOGITS)),
+    Loss("attention_maps", attention_maps, Attention, _ENCODERS_AND_DECODERS, _only(Attention)),
+    Loss("attention_relations", attention_relations, Relations, _ENCODERS_AND_DECODERS, _only(Relations)),
+    Loss("contrastive_scores", contrastive_scores, Embedding, _VECTORS, _only(Embedding), pairwise=True),
 )
 LOSSES: Mapping[str, Loss] = {
     row.name: replace(row, parameters=tuple(parameter.default for parameter in LOSS_NAMES[row.name].parameters))

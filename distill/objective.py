@@ -7,6 +7,7 @@ saved in the end; projectors live beside it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -18,8 +19,9 @@ from . import ranks
 from .batches import LEARN_OWN, Batch
 from .chunked import chunked_head
 from .losses import Loss, predicting, reduce_step, select_losses, shift
-from .signal import Dense, Embedding, Hidden, Labels, Signal
-from .student import BlockOutputs, base_model, blocks
+from .signal import INSIDE, Attention, Dense, Embedding, Hidden, Labels, Relations, Signal
+from .student import base_model, blocks
+from .taps import Taps
 from .teacher import Said, vectors
 
 __all__ = ["Counts", "Objective", "Projectors", "count_items"]
@@ -87,18 +89,24 @@ class Objective(nn.Module):
         self.weights = {name: float(by_full_name[name]) for name in self.losses}
         self.temperature = temperature
         self.vocab_size = vocab_size
-        self._outputs: BlockOutputs | None = None
+        self._taps: Taps | None = None
         self.projectors: Projectors | None = None
-        if "hidden_states" in self.losses:
-            layers = len(blocks(student))
+        layers = len(blocks(student))
+        if self.inside:
+            self._taps = Taps(student, range(layers), self.inside)
+        if Hidden in self.inside:
             width = base_model(student).config.hidden_size
-            self._outputs = BlockOutputs(student, range(layers))
             self.projectors = Projectors(layers, width, teacher_width or width, seed)
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any loss asks the teacher (plain cross-entropy does not)."""
         return any(loss.signal is not Labels for loss in self.losses.values())
+
+    @property
+    def inside(self) -> frozenset[type]:
+        """Kinds of signals that its losses hear inside of both models."""
+        return frozenset(loss.signal for loss in self.losses.values()).intersection(INSIDE)
 
     def train(self, mode: bool = True) -> Self:
         """Train without dropout: the teacher's answer is for the whole network, and noise only hides it."""
@@ -124,12 +132,8 @@ class Objective(nn.Module):
             total = self._generation(output, batch, said, counts, raw)
         else:
             total = self._pooled(output, batch, said, counts, raw)
-        if self._outputs is not None and self.projectors is not None:
-            states = self.projectors([_wide(state) for state in self._outputs.take()])
-            learnt = batch["learn"] > 0 if "learn" in batch else batch["attention_mask"]
-            value = self._value("hidden_states", states, Hidden(said.blocks or ()), learnt, counts)
-            raw["hidden_states"] = value.detach()
-            total = total + self.weights["hidden_states"] * value
+        if self._taps is not None:
+            total = total + self._inside(self._taps, batch, said, counts, raw)
         return total, torch.stack([raw[name] for name in self.losses])
 
     def _value(self, name: str, output: Any, signal: Signal, mask: Tensor, counts: Counts) -> Tensor:
@@ -149,11 +153,32 @@ class Objective(nn.Module):
         states: Tensor = base_model(self.student)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         return states
 
+    def _inside(self, taps: Taps, batch: Batch, said: Said, counts: Counts, raw: dict[str, Tensor]) -> Tensor:
+        """Losses over states, attention and relations, at the real tokens (where some are not learnt: at those)."""
+        real = batch["attention_mask"]
+        learnt = batch["learn"] > 0 if "learn" in batch else real
+        heard = taps.take()
+        pairs: dict[type, tuple[Any, Signal]] = {}
+        if self.projectors is not None and heard.blocks is not None:
+            pairs[Hidden] = self.projectors([_wide(state) for state in heard.blocks]), Hidden(said.blocks or ())
+        if heard.attention is not None:
+            pairs[Attention] = heard.attention, Attention(said.attention or ())
+        if heard.relations is not None and said.relations is not None:
+            pairs[Relations] = heard.relations, replace(said.relations, real=real)
+        total: Tensor | None = None
+        for name, loss in self.losses.items():
+            if loss.signal in INSIDE:
+                value = self._value(name, *pairs[loss.signal], learnt, counts)
+                raw[name] = value.detach()
+                total = self.weights[name] * value if total is None else total + self.weights[name] * value
+        assert total is not None  # taps are there for a loss
+        return total
+
     def _pooled(self, output: Tensor, batch: Batch, said: Said, counts: Counts, raw: dict[str, Tensor]) -> Tensor:
         everything = torch.ones(len(output), dtype=torch.bool, device=output.device)
         total = output.new_zeros(())
         for name, loss in self.losses.items():
-            if name == "hidden_states":
+            if loss.signal in INSIDE:
                 continue
             mask, signal = everything, self._signal(loss, said.vectors, batch["label"].clamp_min(0))
             if loss.signal is Labels:
@@ -174,7 +199,7 @@ class Objective(nn.Module):
 
     def _generation(self, hidden: Tensor, batch: Batch, said: Said, counts: Counts, raw: dict[str, Tensor]) -> Tensor:
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        names = [name for name in self.losses if name != "hidden_states"]
+        names = [name for name, loss in self.losses.items() if loss.signal not in INSIDE]
         if not names:
             return hidden.new_zeros(())
         learn = batch.get("learn")

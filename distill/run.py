@@ -27,6 +27,7 @@ from .checkpoint import find_checkpoint, sweep_checkpoints
 from .cost import Cost
 from .evaluate import HeldOut
 from .journal import Journal, Row
+from .layer_maps import learn_layer_map, map_layers
 from .limits import limited_threads, memory_errors
 from .lora import add_lora, merge_lora
 from .losses import Loss, select_losses
@@ -37,7 +38,7 @@ from .result import DistillResult
 from .rollout import Rollouts, check_on_policy
 from .sampling import Writer, stop_ids
 from .sequence import check_sequence, write_texts
-from .student import StudentPlan, make_student, map_layers, plan_student
+from .student import StudentPlan, make_student, plan_student
 from .teacher import Teacher
 from .trackers import check_trackers, trackers_write_into
 from .trainer import CLOCK_FILE, DistillTrainer, training_arguments
@@ -135,6 +136,8 @@ def run(
 
 def _prepare(folder: ModelFolder, plan: StudentPlan, config: DistillConfig, data: DataSets, max_length: int) -> Job:
     losses = select_losses(config.loss, folder.task)
+    if config.layer_map != "cka":
+        map_layers(config.layer_map, plan.keep, folder.layers)  # a map that names no layer is found before any work
     tokenizer = load_tokenizer(folder.path)
     length = min(max_length, folder.max_length)
     texts = data.split("train")
@@ -181,8 +184,7 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     config, folder = job.config, job.teacher
     arguments = training_arguments(config, job.steps, work)
     check_precision(config.precision, arguments.device)
-    mapped = map_layers(config.layer_map, job.plan.keep, folder.layers) if config.loss.get("hidden_states") else ()
-    teacher = Teacher(folder, mapped, job.pad_id, arguments.device)
+    teacher = Teacher(folder, (), job.pad_id, arguments.device)
     if config.sequence is not None:
         with ranks.first_goes_ahead():
             job = dataclasses.replace(job, train=_written(job, config.sequence, teacher, work, progress))
@@ -194,6 +196,8 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
         model, folder.task, job.weights, temperature=config.temperature, vocab_size=job.vocab_size,
         teacher_width=teacher.width, seed=config.seed,
     )  # fmt: skip
+    mapped = _layer_map(job, model, teacher) if objective.inside else ()
+    teacher.listen(mapped, objective.inside)
     if objective.needs_teacher:
         _check_something_to_learn(model, teacher.model)
     if config.gradient_checkpointing:
@@ -230,7 +234,7 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     )  # fmt: skip
 
     def write() -> DistillResult:
-        card = {**_card(folder, job.plan, job, result, trainer.best_step), "cost": cost}
+        card = {**_card(folder, job.plan, job, result, trainer.best_step, mapped), "cost": cost}
         if config.sequence is not None:
             card["sequence"] = {"texts": sum(map(bool, job.train.prompts)), "sha256": job.train.digest()}
         _write(model.to("cpu"), job.tokenizer, out, folder, card, journal)
@@ -301,6 +305,13 @@ def _cost(job: Job, teacher: Teacher | None, tokens: int, rollouts: Rollouts | N
     )
 
 
+def _layer_map(job: Job, student: nn.Module, teacher: Teacher) -> tuple[int, ...]:
+    """Which teacher layer each layer of the student imitates; the student is still untrained."""
+    if job.config.layer_map == "cka":
+        return learn_layer_map(student, teacher.model, job.train, job.pad_id)
+    return map_layers(job.config.layer_map, job.plan.keep, job.teacher.layers)
+
+
 def _write(
     model: nn.Module, tokenizer: Any, out: Path, folder: ModelFolder, card: dict[str, Any], journal: Journal | None
 ) -> None:
@@ -321,6 +332,7 @@ def _card(
     job: Job | None = None,
     result: DistillResult | None = None,
     best_step: int | None = None,
+    mapped: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """What was done, without times and paths: equal runs write equal cards."""
     card: dict[str, Any] = {
@@ -341,6 +353,7 @@ def _card(
     return {
         **card,
         "losses": losses,
+        **({"layer_map": list(mapped)} if mapped else {}),
         "config": config.model_dump(mode="json", exclude=NOT_IDENTITY),
         "steps": result.steps,
         **({} if best_step is None else {"best_step": best_step}),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Attention", "Dense", "Embedding", "Hidden", "Labels", "Relations", "Signal", "Sparse"]
+__all__ = ["INSIDE", "Attention", "Dense", "Embedding", "Hidden", "Labels", "Relations", "Signal", "Sparse"]
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,18 @@ class Attention:
 
 @dataclass(frozen=True)
 class Relations:
-    """Queries, keys and values ``[B, T, D]`` of one of the teacher's blocks, all heads side by side."""
+    """Queries, keys and values ``[B, T, D]`` of one of the teacher's blocks, all heads side by side.
+
+    As the projections give them: before rotary positions and before norms of queries and keys. ``heads`` is the number
+    of key-value heads; with grouped queries keys and values are narrower than queries. ``real`` [B, T]: the tokens that
+    relations are between, by default those that the loss is taken at.
+    """
 
     queries: Tensor
     keys: Tensor
     values: Tensor
+    heads: int
+    real: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -101,5 +108,8 @@ class Labels:
     ids: Tensor
     vocab_size: int | None = None
 
+
+INSIDE = (Hidden, Attention, Relations)
+"""The kinds that are heard inside of a model while it reads (:mod:`edgestill.distill.taps`)."""
 
 Signal = Dense | Sparse | Hidden | Attention | Relations | Embedding | Labels

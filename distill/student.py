@@ -16,8 +16,9 @@ from ..checkpoints import ModelFolder, load_torch
 from ..files import hash_json
 from ..recipe import StudentConfig
 from .anatomy import Part, Widths, base_model, blocks, count_parameters, teacher_widths
-from .depth import choose_layers, cut_layers, map_layers, spread
+from .depth import choose_layers, cut_layers, spread
 from .hooks import BlockOutputs
+from .layer_maps import map_layers
 
 __all__ = [
     "BlockOutputs",

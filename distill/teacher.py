@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,19 @@ from ..errors import BadInput
 from ..progress import Progress, silent
 from .batches import Batch, Examples, collate
 from .cache import VectorCache
-from .student import BlockOutputs, base_model
+from .signal import Hidden, Relations
+from .student import base_model
+from .taps import Heard, Taps
 
-__all__ = ["Said", "Teacher", "vectors"]
+__all__ = ["Said", "Teacher", "check_finite", "vectors"]
 
 
 class Said:
     """What the teacher said about one batch; a field is ``None`` where nobody asked.
 
     ``final`` [B, T, D]: states before the language-model head, ``head`` that head; ``vectors`` [B, D]: embeddings or
-    class logits; ``blocks``: outputs of the mapped blocks.
+    class logits; ``blocks`` and ``attention``: outputs and attention maps of the mapped blocks; ``relations``: queries,
+    keys and values of the last of them.
     """
 
     def __init__(
@@ -33,17 +36,28 @@ class Said:
         head: nn.Module | None = None,
         vectors: Tensor | None = None,
         blocks: tuple[Tensor, ...] | None = None,
+        attention: tuple[Tensor, ...] | None = None,
+        relations: Relations | None = None,
     ) -> None:
         self.final = final
         self.head = head
         self.vectors = vectors
         self.blocks = blocks
+        self.attention = attention
+        self.relations = relations
 
 
 def vectors(model: nn.Module, batch: Batch) -> Tensor:
     """Embeddings [B, D] or class logits [B, C] of an encoder."""
     output: Any = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     return output if isinstance(output, Tensor) else output.logits
+
+
+def check_finite(model: nn.Module, who: str) -> None:
+    """:class:`BadInput` when a weight is NaN or infinite, naming the first: everything after it would be, too."""
+    for name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise BadInput(f"{who}: {name} is not finite (NaN or infinity)", hint="fetch or save the model again")
 
 
 class Teacher:
@@ -53,12 +67,24 @@ class Teacher:
         self, folder: ModelFolder, layers: Sequence[int] = (), pad_id: int = 0, device: str | torch.device = "cpu"
     ) -> None:
         self.folder = folder
-        self.layers = tuple(layers)
         self.pad_id = pad_id
         self.device = torch.device(device)
         self.model = load_torch(folder.path).requires_grad_(False).to(self.device)
-        self._outputs = BlockOutputs(self.model, self.layers) if self.layers else None
+        check_finite(self.model, f"the teacher {folder.path}")
+        self.layers: tuple[int, ...] = ()
+        self._taps: Taps | None = None
         self._cache: VectorCache | None = None
+        self.listen(layers)
+
+    def listen(self, layers: Sequence[int], kinds: Collection[type] = (Hidden,)) -> None:
+        """From now on tell what happens in the blocks ``layers`` (one for each block of the student), too.
+
+        ``kinds`` of :data:`.signal.INSIDE`.
+        """
+        if self._taps is not None:
+            self._taps.remove()
+        self.layers = tuple(layers)
+        self._taps = Taps(self.model, self.layers, kinds) if self.layers and kinds else None
 
     @property
     def width(self) -> int:
@@ -96,12 +122,15 @@ class Teacher:
             return Said(vectors=torch.from_numpy(rows).to(batch["input_ids"].device))
         with torch.inference_mode():
             said = self._live(batch)
+        heard = Heard(said.blocks, said.attention, said.relations).outside()
         # Autograd refuses to save inference tensors, so what a loss will touch is copied out (states, never logits).
         return Said(
             final=_outside(said.final),
             head=said.head,
             vectors=_outside(said.vectors),
-            blocks=None if said.blocks is None else tuple(state.clone() for state in said.blocks),
+            blocks=heard.blocks,
+            attention=heard.attention,
+            relations=heard.relations,
         )
 
     def _live(self, batch: Batch) -> Said:
@@ -115,8 +144,9 @@ class Teacher:
             checked = said.final
         else:
             checked = said.vectors = vectors(model, batch)
-        if self._outputs is not None:
-            said.blocks = self._outputs.take()
+        if self._taps is not None:
+            heard = self._taps.take()
+            said.blocks, said.attention, said.relations = heard.blocks, heard.attention, heard.relations
         if not bool(torch.isfinite(checked).all()):
             raise BadInput("the teacher's output is not finite (NaN or infinity)", hint="check the teacher's weights")
         return said

@@ -240,8 +240,11 @@ class DistillTrainer(transformers.Trainer):
         said = self._teacher.say(inputs) if self._teacher is not None else Said()
         loss, parts = model(inputs, said, counts)
         if not bool(torch.isfinite(loss)):
+            names = [
+                name for name, part in zip(self.model.losses, parts.tolist(), strict=True) if not math.isfinite(part)
+            ]
             raise EdgestillError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}",
+                f"the loss became {loss.item()} at step {self.state.global_step + 1} ({', '.join(names)})",
                 hint="lower [distill] learning_rate, or raise warmup_ratio",
             )
         self._parts = parts if self._parts is None else self._parts + parts

@@ -19,7 +19,7 @@ from edgestill.distill.losses import (
     select_losses,
     shift,
 )
-from edgestill.distill.signal import Dense, Embedding, Hidden, Labels, Sparse
+from edgestill.distill.signal import Attention, Dense, Embedding, Hidden, Labels, Relations, Sparse
 from edgestill.errors import RecipeError, Unsupported
 from edgestill.loss_names import LOSS_NAMES, parse_loss
 
@@ -147,12 +147,20 @@ def test_an_empty_mask_gives_zero_and_a_gradient_of_zero(logits):
         "hidden_states": (logits[0], Hidden((logits[1],))),
         "embedding_cosine": (logits[0][0], Embedding(logits[1][0])),
         "embedding_gram": (logits[0][0], Embedding(logits[1][0])),
+        "contrastive_scores": (logits[0][0], Embedding(logits[1][0])),
+        "attention_maps": (logits[0][:, None, :, :5].softmax(-1), Attention((logits[1][:, None, :, :5].softmax(-1),))),
+        "attention_relations": (logits[0], Relations(logits[1], logits[1], logits[1], 1)),
+    }
+    outputs = {
+        "hidden_states": lambda x: [x],
+        "attention_maps": lambda x: [x],
+        "attention_relations": lambda x: Relations(x, x, x, 1),
     }
     assert set(signals) == set(LOSSES)
     for name, (student, signal) in signals.items():
         student = student.clone().requires_grad_()
-        output = [student] if name == "hidden_states" else student
-        mask = nothing if student.dim() == 3 else nothing[0]
+        output = outputs.get(name, lambda x: x)(student)
+        mask = nothing if student.dim() >= 3 else nothing[0]
         value = reduce_step(LOSSES[name].function(output, signal, mask), 0)
         value.backward()
         assert float(value.detach()) == 0.0, name

@@ -3,19 +3,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.special import rel_entr
 
 from edgestill.checkpoints import load_torch, open_model
 from edgestill.distill.batches import Examples, collate
-from edgestill.distill.losses import forward_kl
+from edgestill.distill.losses import attention_relations, forward_kl
 from edgestill.distill.objective import Objective, Projectors, count_items
-from edgestill.distill.signal import Dense
+from edgestill.distill.signal import Dense, Relations
 from edgestill.distill.student import StudentPlan, make_student
 from edgestill.distill.teacher import Teacher
+from edgestill.errors import BadInput
 
 GENERATION = {"forward_kl": 0.9, "cross_entropy": 0.1, "hidden_states": 0.5}
 EMBEDDING = {"embedding_cosine": 1.0, "hidden_states": 0.5}
+INSIDE = {"hidden_states": 0.5, "attention_maps": 0.7, "attention_relations:2": 0.3}
+LOGIT_LOSSES = ("forward_kl", "reverse_kl", "jsd:0.3", "skew_kl", "skew_reverse_kl:0.2", "total_variation",
+                "alpha_beta", "logit_mse", "cross_entropy")  # fmt: skip
+EVERY_LOGIT_LOSS = dict.fromkeys(LOGIT_LOSSES, 1.0)
 
 
 def _examples(vocabulary: int, rows: int = 8) -> Examples:
@@ -27,9 +34,11 @@ def _examples(vocabulary: int, rows: int = 8) -> Examples:
 
 def _pair(folder: Path, weights: dict[str, float], keep: tuple[int, ...] = (0, 3)) -> tuple[Objective, Teacher]:
     described = open_model(folder)
-    teacher = Teacher(described, keep if "hidden_states" in weights else (), pad_id=0)
+    teacher = Teacher(described, pad_id=0)
     student = make_student(described, StudentPlan.of_layers(described, keep))
-    return Objective(student, described.task, weights, temperature=2.0, vocab_size=described.vocab_size), teacher
+    objective = Objective(student, described.task, weights, temperature=2.0, vocab_size=described.vocab_size)
+    teacher.listen(keep if objective.inside else (), objective.inside)
+    return objective, teacher
 
 
 def _step(objective: Objective, teacher: Teacher, batches: list[dict[str, Any]]) -> tuple[float, torch.Tensor, list]:
@@ -44,7 +53,11 @@ def _step(objective: Objective, teacher: Teacher, batches: list[dict[str, Any]])
     return total, parts, [p.grad.clone() for p in objective.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize(("kind", "weights"), [("tiny_llama", GENERATION), ("encoder", EMBEDDING)])
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [("tiny_llama", GENERATION), ("tiny_llama", INSIDE | {"jsd": 1.0}), ("tiny_llama", EVERY_LOGIT_LOSS),
+     ("encoder", EMBEDDING), ("encoder", INSIDE)],
+)  # fmt: skip
 def test_one_pass_of_eight_is_eight_passes_of_one(kind, weights, request):
     folder = request.getfixturevalue(kind)
     objective, teacher = _pair(folder, weights)
@@ -86,7 +99,11 @@ def test_which_places_get_a_gradient(tiny_llama: Path):
     assert touched.tolist() == [[True, True, False, False, False], [True, True, True, True, False]]
 
 
-@pytest.mark.parametrize(("kind", "weights"), [("tiny_llama", GENERATION), ("encoder", EMBEDDING)])
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [("tiny_llama", GENERATION), ("tiny_llama", INSIDE | {"jsd": 1.0}), ("tiny_llama", EVERY_LOGIT_LOSS),
+     ("encoder", EMBEDDING), ("encoder", INSIDE)],
+)  # fmt: skip
 def test_what_stands_in_the_padding_changes_nothing_bit_for_bit(kind, weights, request):
     objective, teacher = _pair(request.getfixturevalue(kind), weights)
     batch = collate(list(_examples(40)), 0)
@@ -199,3 +216,62 @@ def test_hidden_states_are_imitated_where_tokens_are_learnt(tiny_llama: Path):
         objective(b, teacher.say(b), counts)[1] for b in (batch, everything)
     )  # the same divisor: fewer places, a smaller sum
     assert 0 < float(alone[0]) < float(whole[0])
+
+
+def test_attention_and_relations_are_those_of_the_mapped_layers(encoder: Path):
+    weights = {"attention_maps": 1.0, "attention_relations:4": 1.0, "hidden_states": 1.0}
+    objective, teacher = _pair(encoder, weights, keep=(0, 2, 3))
+    teacher.listen((1, 2, 2), objective.inside)
+    batch = collate(list(_examples(40)), 0)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    _, parts, grads = _step(objective, teacher, [batch])
+    assert len(grads) > 10
+    found = dict(zip(objective.losses, parts.tolist(), strict=True))
+    with torch.no_grad():
+        said = []
+        for model in (
+            load_torch(encoder),
+            make_student(open_model(encoder), StudentPlan.of_layers(open_model(encoder), (0, 2, 3))),
+        ):
+            model.encoder.set_attn_implementation("eager")
+            said.append(model.encoder(ids, mask, output_attentions=True, output_hidden_states=True))
+        theirs, ours = said
+        total = []
+        for b, i in mask.nonzero().tolist():
+            rows = [
+                (theirs.attentions[layer][b, :, i], ours.attentions[place][b, :, i])
+                for place, layer in enumerate((1, 2, 2))
+            ]
+            total.append(np.mean([rel_entr(t.double().numpy(), s.double().numpy()).sum(-1) for t, s in rows]))
+        assert found["attention_maps"] == pytest.approx(np.mean(total), rel=1e-4)
+        attention = [
+            model.encoder.encoder.layer[layer].attention.self
+            for model, layer in ((teacher.model, 2), (objective.student, 2))
+        ]
+        x = [theirs.hidden_states[2], ours.hidden_states[2]]
+        sides = [Relations(a.query(h), a.key(h), a.value(h), 4) for a, h in zip(attention, x, strict=True)]
+        expected = attention_relations(sides[1], sides[0], mask, 4).mean()
+    assert found["attention_relations:4"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_parts_are_named_in_full_and_weighed(tiny_llama: Path):
+    weights = {"jsd": 0.5, "jsd:0.1": 2.0, "reverse_kl": 0.25}
+    objective, teacher = _pair(tiny_llama, weights)
+    total, parts, _ = _step(objective, teacher, [collate(list(_examples(200)), 0)])
+    assert list(objective.losses) == ["reverse_kl", "jsd:0.1", "jsd:0.5"]
+    assert total == pytest.approx(0.25 * float(parts[0]) + 2.0 * float(parts[1]) + 0.5 * float(parts[2]), rel=1e-5)
+
+
+def test_nan_in_the_teacher_is_one_clear_line_that_names_the_weight(encoder: Path, tmp_path: Path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(encoder, broken)
+    state = load_file(broken / "model.safetensors")
+    name = next(key for key in sorted(state) if key.endswith("layer.2.attention.self.key.weight"))
+    state[name][3, 4] = float("nan")
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"the teacher .*broken: .*layer\.2\.attention\.self\.key\.weight is not finite"):
+        Teacher(open_model(broken))
