@@ -228,3 +228,8 @@ def test_every_loss_says_how_it_takes_each_signal():
     assert all(taken.why for loss in LOSSES.values() for taken in loss.takes.values() if taken.how != "exact")
     assert LOSSES["embedding_gram"].takes[Embedding].how == "exact"
     assert Sparse not in LOSSES["embedding_gram"].takes
+
+
+def test_losses_that_compare_texts_with_each_other_are_marked():
+    """Several processes have to bring their texts together for them."""
+    assert {name for name, loss in LOSSES.items() if loss.pairwise} == {"embedding_gram", "contrastive_scores"}

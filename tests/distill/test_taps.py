@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from edgestill.checkpoints import ARCHITECTURES, DECODER_TASKS, Architecture
 from edgestill.distill.anatomy import blocks
+from edgestill.distill.recompute import recompute_blocks
 from edgestill.distill.signal import INSIDE, Attention, Hidden, Relations
 from edgestill.distill.taps import Heard, Taps
 from edgestill.errors import RecipeError
@@ -138,10 +137,7 @@ def test_layers_that_are_computed_again_are_heard_once_and_give_the_same_gradien
         model.config.use_cache = False
         taps = Taps(model, range(3), [Attention, Relations])
         if again:
-            for block in blocks(model):
-                block.forward = functools.partial(
-                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-                )
+            recompute_blocks(model)
         model(input_ids=IDS, attention_mask=MASK)
         _sum(taps.take()).backward()
         assert not taps._attention
