@@ -273,5 +273,5 @@ def test_a_teacher_with_nan_is_one_clear_line(tiny_llama: Path, tmp_path: Path, 
     state = load_file(broken / "model.safetensors")
     state["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.nan  # a layer that the student does not keep
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BadInput, match="the teacher.* is not finite"):
+    with pytest.raises(BadInput, match=r"the teacher.* is not finite"):
         _run(broken, tmp_path, data, _config(on_policy={**WRITING, "ratio": 1.0}))
