@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
+from .company import follows
 from .errors import EdgestillError, UsageError
 
 if TYPE_CHECKING:
@@ -285,10 +286,17 @@ def _fail(error: BaseException) -> int:
     return code
 
 
+def _follow() -> int:
+    """In a process that only helps another one to train: whatever the command is, it says nothing."""
+    from .company import follow
+
+    return follow() if {"run", "distill"} & set(sys.argv[1:]) else 0
+
+
 def main() -> None:
     """Entry point of the ``edgestill`` command."""
     try:
-        code = app(standalone_mode=False) or 0  # typer itself turns Ctrl-C into this code
+        code = _follow() if follows() else app(standalone_mode=False) or 0  # typer itself turns Ctrl-C into this code
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except BrokenPipeError:

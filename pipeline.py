@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .artifact import Artifact, open_artifact
 from .bench.environment import usable_threads
 from .bench.metrics import find_metric
+from .company import company, together
 from .delivery import RunResult, deliver
 from .errors import EdgestillError, MissingDependency, ResourceExhausted, UsageError, nearest
 from .files import atomic_write, hash_json
@@ -65,7 +66,7 @@ def run_recipe(config: RunConfig, observer: Observer | None = None) -> RunResult
         raise UsageError(f"no stage {config.until!r}", hint=nearest(config.until, STAGES))
     path = find_recipe(config.recipe)
     recipe = load_recipe(path)
-    with RunFolder(config.runs / recipe.name, observer).locked() as folder:
+    with RunFolder(config.runs / recipe.name, observer).locked() as folder, company():
         return Run(recipe, path, folder).until(config.until or STAGES[-1])
 
 
@@ -180,7 +181,7 @@ class Run:
             return teacher  # shipped as it is
 
         def action() -> Mapping[str, Any]:
-            result = distill(
+            result = together(distill)(
                 teacher.path, self.folder / "student", student=recipe.student, config=recipe.distill, data=data,
                 max_length=recipe.data.max_length, work=self.folder / "work/distill", progress=self.progress,
             )  # fmt: skip

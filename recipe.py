@@ -18,7 +18,7 @@ from .errors import BadInput, RecipeError, nearest
 from .loss_names import LOSS_NAMES, parse_loss
 from .recipe_base import Positive, PositiveFloat, Source, Strict, TeacherConfig, Weight
 from .recipe_teaching import OnPolicyConfig, SequenceConfig
-from .recipe_training import LoraConfig
+from .recipe_training import CorrectionConfig, LoraConfig
 
 __all__ = [
     "BenchConfig",
@@ -192,6 +192,7 @@ class DistillConfig(Strict):
     best weights are the student."""
     report_to: tuple[Literal["tensorboard", "mlflow", "trackio"], ...] = ()
     """trackers that get every step's losses; they write into the run's work folder."""
+    correct_teacher: CorrectionConfig | None = None
 
     @model_validator(mode="after")
     def _patience(self) -> Self:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .recipe_base import Positive, PositiveFloat, Strict
 
-__all__ = ["LoraConfig"]
+__all__ = ["CorrectionConfig", "LoraConfig"]
 
 
 class LoraConfig(Strict):
@@ -20,3 +20,22 @@ class LoraConfig(Strict):
     """their product is multiplied by `alpha / rank`."""
     targets: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """names of the linear layers that get them, e.g. `["q_proj", "v_proj"]`; by default every one inside the layers."""
+
+
+class CorrectionConfig(Strict):
+    """`[distill.correct_teacher]`: teach the teacher the transfer text before it teaches (Minitron, arXiv 2408.11796).
+
+    A copy of the teacher is fine-tuned with cross-entropy; that copy then teaches. Give `steps` or `epochs`.
+    """
+
+    steps: Positive | None = None
+    """optimiser steps."""
+    epochs: PositiveFloat | None = None
+    """passes over the text (instead of `steps`)."""
+    learning_rate: PositiveFloat = 1e-4
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either `steps` or `epochs`")
+        return self

@@ -75,6 +75,7 @@ def recipe_reference() -> str:
         "`[distill]`": recipe.DistillConfig, "`[distill.on_policy]`": recipe_teaching.OnPolicyConfig,
         "`[distill.sequence]`": recipe_teaching.SequenceConfig,
         "`[distill.lora]`": recipe_training.LoraConfig,
+        "`[distill.correct_teacher]`": recipe_training.CorrectionConfig,
         "`[[export]]`": recipe.ExportConfig, "`[bench]`": recipe.BenchConfig,
         "`[gates]`, a table for each metric": recipe.GateConfig,
     }  # fmt: skip

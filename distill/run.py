@@ -24,6 +24,7 @@ from ..torch_models import quiet
 from . import ranks
 from .batches import Examples, encode
 from .checkpoint import find_checkpoint, sweep_checkpoints
+from .correction import correction_config
 from .cost import Cost
 from .evaluate import HeldOut
 from .journal import Journal, Row
@@ -52,6 +53,7 @@ VERSION = 1
 CARD_FILE, JOURNAL_FILE, RESULT_FILE, IDENTITY_FILE = (
     "distillation.json", "training.jsonl", "result.json", "identity.json",
 )  # fmt: skip
+CORRECTED = "teacher"  # inside the work folder
 # Settings that change when checkpoints are written or how fast it goes, and not what comes out.
 NOT_IDENTITY = {"save_every", "threads", "gradient_checkpointing", "report_to"}
 
@@ -67,6 +69,8 @@ class Job:
     dev: Examples
     tokenizer: Any
     steps: int
+    original: ModelFolder | None = None
+    """What the teacher was before it was corrected."""
 
     @property
     def weights(self) -> dict[str, float]:
@@ -115,7 +119,9 @@ def run(
     progress: Progress = silent,
 ) -> DistillResult:
     """See :func:`edgestill.distill.distill`."""
-    folder = open_model(teacher)
+    original = folder = open_model(teacher)
+    if config is not None and config.correct_teacher is not None:
+        folder = _corrected(folder, config, data, max_length, work / CORRECTED, progress)
     plan = plan_student(folder, student)
     if config is None:
         with quiet():
@@ -125,6 +131,8 @@ def run(
     ranks.start()
     progress = progress if ranks.is_first() else silent
     job = _prepare(folder, plan, config, data, max_length)
+    if folder is not original:
+        job = dataclasses.replace(job, original=original)
     identity = job.identity()
     done = ranks.from_first(lambda: _finished(out, work, identity))
     if done is not None:
@@ -132,6 +140,21 @@ def run(
     ranks.from_first(lambda: _claim(work, identity))
     with quiet(), limited_threads(config.threads), memory_errors(), trackers_write_into(work):
         return _train(job, out, work, identity, progress)
+
+
+def _corrected(
+    folder: ModelFolder, config: DistillConfig, data: DataSets, max_length: int, work: Path, progress: Progress
+) -> ModelFolder:
+    """The teacher after it has learned the transfer text: a run of its own, resumable, made once."""
+
+    def tell(message: str, fraction: float | None = None) -> None:
+        progress(f"teacher correction: {message}", fraction)
+
+    run(
+        folder.path, work / "model", student=StudentConfig(), config=correction_config(folder, config), data=data,
+        max_length=max_length, work=work, progress=tell,
+    )  # fmt: skip
+    return open_model(work / "model")
 
 
 def _prepare(folder: ModelFolder, plan: StudentPlan, config: DistillConfig, data: DataSets, max_length: int) -> Job:
@@ -189,7 +212,12 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
         with ranks.first_goes_ahead():
             job = dataclasses.replace(job, train=_written(job, config.sequence, teacher, work, progress))
     model = make_student(folder, job.plan).to(arguments.device)
-    held_out = HeldOut(job.dev if ranks.is_first() else Examples((), ()), teacher, job.vocab_size)
+    dev = job.dev if ranks.is_first() else Examples((), ())
+    judged_by = {"": teacher}
+    if job.original is not None:
+        judged_by = {"": Teacher(job.original, (), job.pad_id, arguments.device), "corrected_": teacher}
+    judges = {prefix: HeldOut(dev, judge, job.vocab_size) for prefix, judge in judged_by.items()}
+    held_out = judges[""]
     if config.lora is not None:
         add_lora(model, config.lora, config.seed)
     objective = Objective(
@@ -207,7 +235,7 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
             teacher.remember(job.train, work, progress)
 
     def measure() -> dict[str, float]:
-        return ranks.from_first(lambda: held_out.measure(model))
+        return ranks.from_first(lambda: _measure(model, judges))
 
     journal = Journal(work / JOURNAL_FILE if ranks.is_first() else None)
     checkpoint, journal.rows = ranks.from_first(lambda: _resume(work, journal, objective, config))
@@ -235,6 +263,8 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
 
     def write() -> DistillResult:
         card = {**_card(folder, job.plan, job, result, trainer.best_step, mapped), "cost": cost}
+        if job.original is not None:
+            card |= {"teacher_id": job.original.model_id, "corrected_teacher": _correction_facts(folder)}
         if config.sequence is not None:
             card["sequence"] = {"texts": sum(map(bool, job.train.prompts)), "sha256": job.train.digest()}
         _write(model.to("cpu"), job.tokenizer, out, folder, card, journal)
@@ -245,6 +275,16 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
         return result
 
     return ranks.from_first(write)
+
+
+def _measure(student: nn.Module, judges: dict[str, HeldOut]) -> dict[str, float]:
+    return {f"{who}{name}": value for who, judge in judges.items() for name, value in judge.measure(student).items()}
+
+
+def _correction_facts(folder: ModelFolder) -> dict[str, Any]:
+    """What the card says of the teacher that was corrected."""
+    card = read_json(folder.path / CARD_FILE)
+    return {"id": folder.model_id, **{key: card[key] for key in ("steps", "tokens_seen", "dev_before", "dev_after")}}
 
 
 def _resume(work: Path, journal: Journal, objective: Objective, config: DistillConfig) -> tuple[Path | None, list[Row]]:

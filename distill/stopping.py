@@ -14,7 +14,8 @@ from ..errors import BadInput
 __all__ = ["EarlyStopping"]
 
 # What decides, the first that was measured, and whether more of it is better.
-_DECIDING = (("kl", False), ("spearman", True), ("cosine", True))
+# A corrected teacher comes first: it is the one that the student follows.
+_DECIDING = (("corrected_kl", False), ("kl", False), ("spearman", True), ("cosine", True))
 
 
 class EarlyStopping:
