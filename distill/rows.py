@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,11 +56,33 @@ def student_buckets(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Te
     ``logits`` [N, V], softened here. The rest's mass is the log of the sum over the rest itself: one minus the others
     would be nothing but rounding where they have nearly all of it.
     """
-    softened = logits / temperature if temperature != 1 else logits
-    ids = ids.long()
-    # The lowest number, not −inf: with k = V nothing is left, and the gradient of an empty log-sum is not a number.
-    lowest = torch.finfo(softened.dtype).min
-    rest = softened.scatter(-1, ids, lowest).logsumexp(-1, keepdim=True)
-    buckets = torch.cat([softened.gather(-1, ids), rest], -1)
+    buckets: Tensor = _Buckets.apply(logits, ids.long(), temperature)
     total = buckets.logsumexp(-1, keepdim=True)
     return buckets - total, total.squeeze(-1)
+
+
+class _Buckets(torch.autograd.Function):
+    """Softened scores of the tokens ``ids`` and the log-sum of all others' exponentials, [N, k + 1].
+
+    By hand, since autograd would hold four blocks of [N, V] where one is enough, and that is the cost of this loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+        chosen = logits.gather(-1, ids) / temperature
+        rest = logits / temperature if temperature != 1 else logits.clone()
+        # The lowest number, not −inf: with k = V nothing is left, and the log of an empty sum has no gradient.
+        rest.scatter_(-1, ids, torch.finfo(rest.dtype).min)
+        highest = rest.amax(-1, keepdim=True)
+        mass = rest.sub_(highest).exp_().sum(-1, keepdim=True)
+        ctx.save_for_backward(ids, rest, mass)
+        ctx.temperature = temperature
+        return torch.cat([chosen, mass.log() + highest], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        ids, rest, mass = ctx.saved_tensors
+        slope = slope / ctx.temperature
+        grad = rest * (slope[..., -1:] / mass)
+        return grad.scatter_(-1, ids, slope[..., :-1]), None, None

@@ -113,6 +113,24 @@ def test_students_learn_from_inside_of_their_teachers(kind, loss, layer_map, map
     assert hash_tree(again.path) == hash_tree(result.path)
 
 
+def test_a_run_that_stopped_goes_on_to_the_same_bytes_with_a_learned_map(encoder, tmp_path, data):
+    """The map is learned from the untrained student again, not from what the checkpoint holds."""
+    config = _config({"embedding_cosine": 1.0, **INSIDE}, layer_map="cka", max_steps=8, save_every=3)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(text: str, part: float | None = None) -> None:
+        if text.startswith("step 5 "):
+            raise Stopped
+
+    whole = _run(encoder, tmp_path / "whole", data, config)
+    with pytest.raises(Stopped):
+        _run(encoder, tmp_path / "parts", data, config, progress=stop)
+    assert (tmp_path / "parts" / "work" / "checkpoint-3").is_dir()
+    assert hash_tree(_run(encoder, tmp_path / "parts", data, config).path) == hash_tree(whole.path)
+
+
 def test_an_encoder_learns_which_texts_are_near(encoder: Path, tmp_path: Path, data: DataSets):
     result = _run(encoder, tmp_path, data, _config({"contrastive_scores:0.1": 1.0}, epochs=6.0))
     assert result.dev_after["spearman"] > result.dev_before["spearman"] + 0.05
