@@ -155,7 +155,7 @@ def _variant(to: str, context_length: int | None) -> ExportConfig:
 
 def verify_artifact(request: VerifyRequest, observer: Observer) -> VerifyResult:
     """Judge one artifact, of this tool or (then without the checks that need our weight map) of another."""
-    from .bench.reference import make_reference
+    from .bench.reference import make_reference, vocabulary_columns
     from .bench.verify import VerifyOptions, verify
 
     artifact = open_artifact(request.artifact, check=False)
@@ -174,8 +174,8 @@ def verify_artifact(request: VerifyRequest, observer: Observer) -> VerifyResult:
         theirs = None
         if teacher is not None:
             theirs = make_reference(
-                teacher.path, work / "teacher-reference", ids_from=own, threads=request.threads,
-                progress=observer.advanced,
+                teacher.path, work / "teacher-reference", ids_from=own, columns=vocabulary_columns(teacher, student),
+                threads=request.threads, progress=observer.advanced,
             )  # fmt: skip
         verdict = verify(
             request.artifact, student=student.path, references={name: own},

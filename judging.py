@@ -57,6 +57,7 @@ class Judge:
         self.subjects = subjects
         self.data = data
         self.progress = folder.observer.advanced
+        self._columns: tuple[int, ...] | None = None
         self.environment = describe_environment()
         self.texts: dict[str, Sequence[str]] = {text.name: text.test for text in data.text if text.test}
         if not self.texts:
@@ -64,8 +65,27 @@ class Judge:
 
     # ---- references ----------------------------------------------------------------------------------------------
 
+    @property
+    def columns(self) -> tuple[int, ...] | None:
+        """The teacher's id of each of the student's, where its vocabulary was trimmed."""
+        from .bench.reference import vocabulary_columns
+
+        if self.recipe.student.vocabulary is None:
+            return None
+        if self._columns is None:
+            self._columns = vocabulary_columns(self.subjects.teacher, self.subjects.student)
+        return self._columns
+
+    def asked(self, of: str) -> str:
+        """The name of the teacher's answers that a subject is compared with: it must have read the same ids."""
+        return "teacher" if of == "teacher" or self.columns is None else "teacher-of-student"
+
     def references(self, model: ModelFolder, name: str) -> dict[str, Path]:
-        """What ``model`` says about each held-out text, on the teacher's token ids. Made once, reused while whole."""
+        """What ``model`` says about each held-out text. Made once, reused while whole.
+
+        Everyone reads the teacher's token ids. A student with a trimmed vocabulary reads its own, and then
+        ``teacher-of-student`` are the teacher's answers on those.
+        """
         from .bench.reference import make_reference
 
         bench = self.recipe.bench
@@ -74,29 +94,33 @@ class Judge:
         found = {}
         for text, examples in self.texts.items():
             root = self.folder / "work/references" / text
-            if name == "teacher":
+            trimmed = self.columns is not None
+            if name == "teacher" or (trimmed and name == "student"):
                 found[text] = make_reference(
                     model.path, root / name, texts=examples, max_length=length, window=min(bench.window, length),
                     limit=limit, threads=bench.threads, progress=self.progress,
                 )  # fmt: skip
             else:
                 found[text] = make_reference(
-                    model.path, root / name, ids_from=root / "teacher", threads=bench.threads, progress=self.progress
-                )
+                    model.path, root / name, ids_from=root / ("student" if trimmed else "teacher"),
+                    columns=self.columns, threads=bench.threads, progress=self.progress,
+                )  # fmt: skip
         return found
 
-    def _both(self) -> tuple[dict[str, Path], dict[str, Path]]:
-        """The references of student and teacher, as one stage."""
-        made: list[dict[str, Path]] = []
+    def _all_references(self) -> dict[str, dict[str, Path]]:
+        """The references of teacher and student, and of the teacher on the student's ids, as one stage."""
+        made: dict[str, dict[str, Path]] = {}
 
         def action() -> Mapping[str, Any]:
-            made.append(self.references(self.subjects.teacher, "teacher"))
+            made["teacher"] = self.references(self.subjects.teacher, "teacher")
             same = self.subjects.student.path == self.subjects.teacher.path
-            made.append(made[0] if same else self.references(self.subjects.student, "student"))
+            made["student"] = made["teacher"] if same else self.references(self.subjects.student, "student")
+            theirs = self.asked("student")
+            made[theirs] = self.references(self.subjects.teacher, theirs)
             return {"note": ", ".join(self.texts)}
 
         self.folder.stage("references", {}, action, title="ask teacher and student", always=True)
-        return made[1], made[0]
+        return made
 
     def _question(self) -> dict[str, Any]:
         """What all figures of accuracy depend on beside their subject."""
@@ -111,12 +135,12 @@ class Judge:
 
     def verify(self, artifacts: Sequence[tuple[ExportConfig, Artifact]]) -> list[tuple[ExportConfig, Artifact]]:
         """Judge every artifact; the failed ones are moved to ``quarantine/``. Returns those that passed."""
-        of_student, of_teacher = self._both()
+        references = self._all_references()
         passed = []
         for config, artifact in artifacts:
             source = self.subjects.teacher if config.of == "teacher" else self.subjects.student
-            own = of_teacher if config.of == "teacher" else of_student
-            verdict = self._verify(config.variant, artifact, source, own, of_teacher)
+            theirs = references[self.asked(config.of)]
+            verdict = self._verify(config.variant, artifact, source, references[config.of], theirs)
             room = "artifacts" if verdict.passed else "quarantine"
             if artifact.path.parent.name != room:
                 artifact = move_artifact(artifact, self.folder / room / config.variant)
@@ -205,7 +229,7 @@ class Judge:
 
         def action() -> Mapping[str, Any]:
             measured: list[Measurement] = []
-            references = self.references(self.subjects.teacher, "teacher")
+            references = self.references(self.subjects.teacher, self.asked(name))
             with LocalWorker(model.path, SessionOptions(self.recipe.bench.threads)) as worker:
                 for text, reference in references.items():
                     self.progress(f"{name} on {text}", None)
@@ -235,24 +259,32 @@ class Judge:
         references = self._task_references()
         subjects = {name: (model.path, model.model_id) for name, model in self.subjects.torch().items()}
         subjects |= {config.variant: (a.path, a.manifest.artifact_id) for config, a in artifacts}
+        reads = {config.variant: config.of for config, _ in artifacts}
         for name, (path, subject_id) in subjects.items():
-            self._tasks(name, path, subject_id, references)
+            self._tasks(name, path, subject_id, references[self.asked(reads.get(name, name))])
 
-    def _task_references(self) -> dict[str, Path]:
-        """What the teacher says about each labelled set."""
+    def _task_references(self) -> dict[str, dict[str, Path]]:
+        """What the teacher says about each labelled set, on its own ids and on a trimmed student's."""
         from .bench.tasks import make_task_reference
 
-        teacher = self.subjects.teacher
-        made: dict[str, Path] = {}
+        teacher, student = self.subjects.teacher, self.subjects.student
+        made: dict[str, dict[str, Path]] = {"teacher": {}, self.asked("student"): {}}
 
         def action() -> Mapping[str, Any]:
             for data in self.data.tasks:
-                made[data.name] = make_task_reference(
-                    teacher.path, self.folder / "work/references" / data.name / "teacher", data,
-                    max_length=min(self.recipe.data.max_length, teacher.max_length),
-                    threads=self.recipe.bench.threads, progress=self.progress,
-                )  # fmt: skip
-            return {"note": ", ".join(made)}
+                root = self.folder / "work/references" / data.name
+                settings: dict[str, Any] = {
+                    "max_length": min(self.recipe.data.max_length, teacher.max_length),
+                    "threads": self.recipe.bench.threads, "progress": self.progress,
+                }  # fmt: skip
+                made["teacher"][data.name] = make_task_reference(teacher.path, root / "teacher", data, **settings)
+                theirs = self.asked("student")
+                if theirs != "teacher":
+                    own = make_task_reference(student.path, root / "student", data, **settings)
+                    made[theirs][data.name] = make_task_reference(
+                        teacher.path, root / theirs, data, ids_from=own, columns=self.columns, **settings
+                    )
+            return {"note": ", ".join(task.name for task in self.data.tasks)}
 
         self.folder.stage("task references", {}, action, title="ask the teacher for labels", always=True)
         return made
@@ -308,7 +340,8 @@ class Judge:
         ]
 
         def action() -> Mapping[str, Any]:
-            reference = next(iter(self.references(self.subjects.teacher, "teacher").values()))
+            # Ids that every subject has; what they mean makes no difference to speed.
+            reference = next(iter(self.references(self.subjects.teacher, self.asked("student")).values()))
             inputs = inputs_of(reference)
             examples = [ids[mask == 1].tolist() for ids, mask in zip(inputs.ids, inputs.mask, strict=True)]
             longest = min([self.subjects.teacher.max_length, *(a.manifest.max_length for _, a in artifacts)])

@@ -125,6 +125,8 @@ _ROWS = (
              (Parameter("relation_heads", 0, 0, 4096, whole=True),)),
     LossName("contrastive_scores", "KL between the softmax of the similarities of a text to the others of its batch",
              "vectors", (Parameter("temperature", 0.05, 0, 10, above_low=True),)),
+    LossName("universal_logit", "sum of |teacher − student| of the sorted probabilities: which token is which has no "
+             "part in it, so it joins models with different vocabularies", "logits"),
 )  # fmt: skip
 LOSS_NAMES: Mapping[str, LossName] = {row.name: row for row in _ROWS}
 """Every loss that a recipe can name, by its name without parameters."""

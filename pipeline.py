@@ -204,7 +204,14 @@ class Run:
             "distill": recipe.distill.model_dump(mode="json") if recipe.distill else None,
             "max_length": recipe.data.max_length,
             "text": hash_json([data.split("train"), data.split("dev")]) if recipe.distill else None,
+            **self._vocabulary_inputs(data),
         }
+
+    def _vocabulary_inputs(self, data: DataSets) -> dict[str, Any]:
+        """The text that a trimmed vocabulary is chosen by."""
+        if self.recipe.student.vocabulary is None:
+            return {}
+        return {"vocabulary": hash_json([data.split("train"), data.split("calibration"), data.split("dev")])}
 
     def _cut(self, teacher: ModelFolder, data: DataSets) -> ModelFolder | None:
         """The student before it learned anything: what shows that distillation was worth its time."""
@@ -223,7 +230,7 @@ class Run:
             return {"note": "the student before training, for comparison"}
 
         inputs = {"version": VERSIONS["student"], "teacher": teacher.model_id,
-                  "student": recipe.student.model_dump(mode="json")}  # fmt: skip
+                  "student": recipe.student.model_dump(mode="json"), **self._vocabulary_inputs(data)}  # fmt: skip
         self.folder.stage("cut", inputs, action, ["work/cut"], "cut an untrained student")
         return open_model(self.folder / "work/cut")
 

@@ -69,6 +69,21 @@ class StudentConfig(Strict):
     """how many layers to keep, spread evenly, the first and the last always kept."""
     keep: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """exactly these layers, counted from 0 (instead of `layers`)."""
+    vocabulary: Positive | Annotated[float, Field(gt=0, lt=1, strict=True)] | Literal["corpus"] | None = None
+    """how many of the teacher's tokens to keep, by how often they occur in the train and calibration text: a number, a
+    share below 1, or `corpus` for all that occur. Special tokens and the alphabet always stay; the number is rounded up
+    to a multiple of 64."""
+
+    @field_validator("vocabulary", mode="before")
+    @classmethod
+    def _known_vocabulary(cls, value: object) -> object:
+        fits = (
+            value is None or value == "corpus"
+            or (type(value) is int and value > 0) or (type(value) is float and 0 < value < 1)
+        )  # fmt: skip
+        if not fits:
+            raise ValueError(f"{value!r} is no number of tokens, no share between 0 and 1, and not `corpus`")
+        return value
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:

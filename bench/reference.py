@@ -24,6 +24,7 @@ from ..errors import BadInput, MissingDependency
 from ..files import atomic_directory, hash_file, hash_json, read_json
 from ..progress import Progress, silent
 from ..runtimes.scoring import open_reference
+from ..vocabularies import compare_vocabularies
 
 if TYPE_CHECKING:
     from ..checkpoints import ModelFolder
@@ -35,6 +36,7 @@ __all__ = [
     "make_reference",
     "read_facts",
     "torch_forward",
+    "vocabulary_columns",
     "window_texts",
     "write_reference",
 ]
@@ -64,6 +66,7 @@ def make_reference(
     *,
     texts: Sequence[str] = (),
     ids_from: Path | None = None,
+    columns: Sequence[int] | None = None,
     max_length: int | None = None,
     window: int = 128,
     limit: int | None = None,
@@ -77,7 +80,9 @@ def make_reference(
     Encoders and classifiers: a row a text, cut at ``max_length`` tokens, at most ``limit`` texts. Text generation:
     windows of ``window`` tokens, each inside one document, not overlapping (the stride is the window less a BOS), the
     first window of every document before the second of any, until ``limit`` tokens are predicted. ``ids_from`` is a
-    reference whose inputs are used instead of ``texts`` (the teacher's view of what the student was asked).
+    reference whose inputs are used instead of ``texts`` (the teacher's view of what the student was asked). With
+    ``columns`` its ids are those of a student with a trimmed vocabulary (:func:`vocabulary_columns`): the model reads
+    ``columns[id]`` in place of each, and of its logits only these columns are kept, in that order.
     ``extra`` is kept in ``reference.json`` under ``"extra"``.
 
     Nothing is done when ``out`` already holds the answer to the same question (model, inputs, versions). Raises
@@ -90,6 +95,8 @@ def make_reference(
         question = {"texts": hash_json(list(texts)), "max_length": max_length, "window": window, "limit": limit}
     else:
         question = {"ids": read_facts(ids_from)["inputs_sha256"]}
+        if columns is not None:
+            question["columns"] = hash_json(list(columns))
     key = hash_json(
         {
             "schema_version": SCHEMA_VERSION, "model_id": folder.model_id, "extra": dict(extra or {}),
@@ -102,15 +109,34 @@ def make_reference(
         inputs = inputs_of(ids_from)
     else:
         inputs = _tokenise(folder, texts, max_length, window, limit, progress)
-    if int(inputs.ids.max()) >= folder.vocab_size:
+    if int(inputs.ids.max()) >= (folder.vocab_size if columns is None else len(columns)):
         raise BadInput(
             f"token id {int(inputs.ids.max())} is not in the vocabulary of {folder.vocab_size} of {model.name}",
             hint="teacher and student need the same tokenizer to be compared token by token",
         )
     facts = {"key": key, "model_id": folder.model_id, "versions": _versions(), "extra": dict(extra or {})}
-    with torch_forward(model, threads) as forward:
+    with torch_forward(model, threads) as plain:
+        forward = plain if columns is None else _renamed(plain, columns, folder.task)
         write_reference(out, folder.task, inputs, forward, facts=facts, batch_size=batch_size, progress=progress)
     return out
+
+
+def vocabulary_columns(teacher: ModelFolder, student: ModelFolder) -> tuple[int, ...] | None:
+    """The teacher's id of each id of a ``student`` whose vocabulary is a part of the teacher's; ``None`` for equal ids.
+
+    Raises :class:`BadInput` when their tokenizers differ in more than that.
+    """
+    from ..checkpoints import load_tokenizer
+
+    found = compare_vocabularies(
+        load_tokenizer(teacher.path), teacher.vocab_size, load_tokenizer(student.path), student.vocab_size
+    )
+    if found.relation == "different":
+        raise BadInput(
+            f"{student.path.name} can't be compared with {teacher.path.name} token by token: {found.reason}",
+            hint="compare models with the same tokenizer, or one with a trimmed copy of it",
+        )
+    return found.columns
 
 
 def write_reference(
@@ -236,6 +262,17 @@ def window_texts(tokenizer: Any, texts: Sequence[str], *, window: int, limit: in
         "predicted_tokens": predicted,
     }  # fmt: skip
     return _pad([ids for _, _, ids in chosen], [document for document, _, _ in chosen], _padding(tokenizer), facts)
+
+
+def _renamed(forward: Forward, columns: Sequence[int], task: Task) -> Forward:
+    """``forward`` for the ids of a part of its vocabulary."""
+    known = np.asarray(columns, dtype=np.int64)
+
+    def renamed(ids: Ints, mask: Ints) -> Floats:
+        output = forward(known[ids], mask)
+        return np.ascontiguousarray(output[..., known]) if task == "text-generation" else output
+
+    return renamed
 
 
 class torch_forward:  # noqa: N801  (a context manager, used like a function)

@@ -7,6 +7,7 @@ is plain logistic regression on the raw embeddings, C = 1, as in MTEB (Muennigho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ def make_task_reference(
     *,
     max_length: int | None = None,
     ids_from: Path | None = None,
+    columns: Sequence[int] | None = None,
     batch_size: int = 8,
     threads: int = 2,
     progress: Progress = silent,
@@ -56,8 +58,8 @@ def make_task_reference(
              "train": len(train)}  # fmt: skip
     texts = [text for text, _ in rows] if ids_from is None else []
     return make_reference(
-        model, out, texts=texts, ids_from=ids_from, max_length=max_length, batch_size=batch_size, threads=threads,
-        extra=extra, progress=progress,
+        model, out, texts=texts, ids_from=ids_from, columns=columns, max_length=max_length, batch_size=batch_size,
+        threads=threads, extra=extra, progress=progress,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..artifact import Task
 from ..errors import RecipeError
 from ..loss_names import LOSS_NAMES, LossSpec, parse_loss
+from .align import universal_logit
 from .feature_losses import (
     attention_maps,
     attention_relations,
@@ -185,6 +186,7 @@ _ROWS = (
     Loss("attention_maps", attention_maps, Attention, _ENCODERS_AND_DECODERS, _only(Attention)),
     Loss("attention_relations", attention_relations, Relations, _ENCODERS_AND_DECODERS, _only(Relations)),
     Loss("contrastive_scores", contrastive_scores, Embedding, _VECTORS, _only(Embedding), pairwise=True),
+    Loss("universal_logit", universal_logit, Dense, {"text-generation": "predicted"}, _logits(_NEEDS_LOGITS), 1),
 )
 LOSSES: Mapping[str, Loss] = {
     row.name: replace(row, parameters=tuple(parameter.default for parameter in LOSS_NAMES[row.name].parameters))

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from ..checkpoints import ModelFolder, load_tokenizer, open_model, save_model
+from ..checkpoints import ModelFolder, open_model, save_model
 from ..errors import BadInput, RecipeError, ResourceExhausted
 from ..files import atomic_directory, atomic_write, hash_json, hash_tree, read_json
 from ..progress import Progress, silent
@@ -43,6 +43,7 @@ from .student import StudentPlan, make_student, plan_student
 from .teacher import Teacher
 from .trackers import check_trackers, trackers_write_into
 from .trainer import CLOCK_FILE, DistillTrainer, training_arguments
+from .vocabulary_tokenizer import FittedVocabulary, fit_vocabulary
 
 if TYPE_CHECKING:
     from ..data import DataSets
@@ -67,10 +68,15 @@ class Job:
     config: DistillConfig
     train: Examples
     dev: Examples
-    tokenizer: Any
+    vocabulary: FittedVocabulary
     steps: int
     original: ModelFolder | None = None
     """What the teacher was before it was corrected."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The student's."""
+        return self.vocabulary.tokenizer
 
     @property
     def weights(self) -> dict[str, float]:
@@ -81,6 +87,11 @@ class Job:
     def losses(self) -> dict[str, Loss]:
         """The losses that have these weights."""
         return select_losses(self.config.loss, self.teacher.task)
+
+    @property
+    def stop(self) -> frozenset[int]:
+        """The student's ids that end a text."""
+        return stop_ids(self.teacher, self.tokenizer, self.plan.vocabulary)
 
     @property
     def pad_id(self) -> int:
@@ -122,15 +133,16 @@ def run(
     original = folder = open_model(teacher)
     if config is not None and config.correct_teacher is not None:
         folder = _corrected(folder, config, data, max_length, work / CORRECTED, progress)
-    plan = plan_student(folder, student)
+    vocabulary = fit_vocabulary(folder, student.vocabulary, data)
+    plan = plan_student(folder, student, vocabulary.keep)
     if config is None:
         with quiet():
-            _write(make_student(folder, plan), load_tokenizer(teacher), out, folder, _card(folder, plan), None)
+            _write(make_student(folder, plan), vocabulary.tokenizer, out, folder, _card(folder, plan, vocabulary), None)
         return DistillResult(out, plan.keep, folder.layers)
     check_trackers(config.report_to)
     ranks.start()
     progress = progress if ranks.is_first() else silent
-    job = _prepare(folder, plan, config, data, max_length)
+    job = _prepare(folder, plan, config, data, max_length, vocabulary)
     if folder is not original:
         job = dataclasses.replace(job, original=original)
     identity = job.identity()
@@ -157,11 +169,13 @@ def _corrected(
     return open_model(work / "model")
 
 
-def _prepare(folder: ModelFolder, plan: StudentPlan, config: DistillConfig, data: DataSets, max_length: int) -> Job:
+def _prepare(
+    folder: ModelFolder, plan: StudentPlan, config: DistillConfig, data: DataSets, max_length: int,
+    vocabulary: FittedVocabulary,
+) -> Job:  # fmt: skip
     losses = select_losses(config.loss, folder.task)
     if config.layer_map != "cka":
         map_layers(config.layer_map, plan.keep, folder.layers)  # a map that names no layer is found before any work
-    tokenizer = load_tokenizer(folder.path)
     length = min(max_length, folder.max_length)
     texts = data.split("train")
     labels = [-100] * len(texts)
@@ -169,7 +183,7 @@ def _prepare(folder: ModelFolder, plan: StudentPlan, config: DistillConfig, data
         for text, label in _labelled(folder, data):
             texts.append(text)
             labels.append(label)
-    prefix = folder.prompt_prefix
+    prefix, tokenizer = folder.prompt_prefix, vocabulary.tokenizer
     train = encode(texts, tokenizer, folder.task, length, prefix=prefix, labels=labels)
     dev = encode(data.split("dev"), tokenizer, folder.task, length, prefix=prefix)
     if not len(train):
@@ -185,7 +199,7 @@ def _prepare(folder: ModelFolder, plan: StudentPlan, config: DistillConfig, data
         raise RecipeError("[distill] evaluate_every has no text to measure on", hint="set `dev` in a [[data.text]]")
     group = config.batch_size * config.gradient_accumulation
     steps = config.max_steps or max(1, round(config.epochs * len(train) / group))
-    return Job(folder, plan, config, train, dev, tokenizer, steps)
+    return Job(folder, plan, config, train, dev, vocabulary, steps)
 
 
 def _labelled(folder: ModelFolder, data: DataSets) -> list[tuple[str, int]]:
@@ -207,7 +221,7 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     config, folder = job.config, job.teacher
     arguments = training_arguments(config, job.steps, work)
     check_precision(config.precision, arguments.device)
-    teacher = Teacher(folder, (), job.pad_id, arguments.device)
+    teacher = Teacher(folder, (), job.pad_id, arguments.device, job.plan.vocabulary)
     if config.sequence is not None:
         with ranks.first_goes_ahead():
             job = dataclasses.replace(job, train=_written(job, config.sequence, teacher, work, progress))
@@ -215,7 +229,10 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     dev = job.dev if ranks.is_first() else Examples((), ())
     judged_by = {"": teacher}
     if job.original is not None:
-        judged_by = {"": Teacher(job.original, (), job.pad_id, arguments.device), "corrected_": teacher}
+        judged_by = {
+            "": Teacher(job.original, (), job.pad_id, arguments.device, job.plan.vocabulary),
+            "corrected_": teacher,
+        }
     judges = {prefix: HeldOut(dev, judge, job.vocab_size) for prefix, judge in judged_by.items()}
     held_out = judges[""]
     if config.lora is not None:
@@ -262,7 +279,7 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     )  # fmt: skip
 
     def write() -> DistillResult:
-        card = {**_card(folder, job.plan, job, result, trainer.best_step, mapped), "cost": cost}
+        card = {**_card(folder, job.plan, job.vocabulary, job, result, trainer.best_step, mapped), "cost": cost}
         if job.original is not None:
             card |= {"teacher_id": job.original.model_id, "corrected_teacher": _correction_facts(folder)}
         if config.sequence is not None:
@@ -311,9 +328,11 @@ def _check_something_to_learn(student: nn.Module, teacher: nn.Module) -> None:
 
 def _written(job: Job, settings: SequenceConfig, teacher: Teacher, work: Path, progress: Progress) -> Examples:
     """The training examples after the teacher has continued its share of them."""
-    stop = stop_ids(job.teacher, job.tokenizer)
+    stop = job.stop
     writer = Writer([teacher.model], settings, vocab_size=job.vocab_size, stop=stop, pad_id=job.pad_id, whose="teacher")
     key = {"teachers": [[job.teacher.model_id, 1.0]], "stop": sorted(stop), "vocab_size": job.vocab_size}
+    if job.plan.vocabulary:  # the same numbers would be other words
+        key["vocabulary"] = hash_json(job.plan.vocabulary)
     return write_texts(job.train, settings, writer, seed=job.config.seed, key=key, work=work, progress=progress)
 
 
@@ -323,7 +342,7 @@ def _rollouts(job: Job, held_out: HeldOut, held_out_kl: float | None) -> Rollout
         return None
     return Rollouts(
         settings, steps=job.steps, seed=job.config.seed, vocab_size=job.vocab_size,
-        stop=stop_ids(job.teacher, job.tokenizer), pad_id=job.pad_id,
+        stop=job.stop, pad_id=job.pad_id,
         measure=lambda student: held_out.measure(student)["kl"], held_out_kl=held_out_kl,
     )  # fmt: skip
 
@@ -369,6 +388,7 @@ def _write(
 def _card(
     folder: ModelFolder,
     plan: StudentPlan,
+    vocabulary: FittedVocabulary,
     job: Job | None = None,
     result: DistillResult | None = None,
     best_step: int | None = None,
@@ -383,6 +403,8 @@ def _card(
         "keep": list(plan.keep),
         "trained": job is not None,
     }
+    if vocabulary.facts is not None:
+        card["vocabulary"] = vocabulary.facts
     if job is None or result is None:
         return card
     config = job.config

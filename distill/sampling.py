@@ -33,10 +33,15 @@ class Continuation:
     ended: bool
 
 
-def stop_ids(folder: ModelFolder, tokenizer: Any) -> frozenset[int]:
-    """The ids that end a text: the tokenizer's, and the one or the several of the model's config."""
+def stop_ids(folder: ModelFolder, tokenizer: Any, vocabulary: Sequence[int] = ()) -> frozenset[int]:
+    """The ids that end a text: the tokenizer's, and the one or the several of the model's config.
+
+    ``vocabulary``: the ids of ``folder``'s model that ``tokenizer`` has left, in its order (empty: all).
+    """
     named = folder.config.get("eos_token_id")
-    found = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    ends = set(named if isinstance(named, list) else [named])
+    kept = {ours for ours, theirs in enumerate(vocabulary) if theirs in ends} if vocabulary else ends
+    found = {tokenizer.eos_token_id, *kept}
     return frozenset(int(number) for number in found if number is not None)
 
 

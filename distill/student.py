@@ -19,6 +19,7 @@ from .anatomy import Part, Widths, base_model, blocks, count_parameters, teacher
 from .depth import choose_layers, cut_layers, spread
 from .hooks import BlockOutputs
 from .layer_maps import map_layers
+from .vocabulary import trim_embeddings
 
 __all__ = [
     "BlockOutputs",
@@ -40,8 +41,8 @@ class StudentPlan:
 
     ``keep``: the teacher's layers, ascending. ``ffn`` neurons a layer, ``heads`` query heads over ``kv_heads`` groups,
     ``vocab_size`` token ids. ``neurons``, ``queries``, ``groups``: for each kept layer the teacher's neurons, query
-    heads and key-value heads that stay, ascending; empty where all do. ``vocabulary`` names (by digest) the trimmed
-    vocabulary, ``None`` the teacher's own. ``parameters`` is what comes out.
+    heads and key-value heads that stay, ascending; empty where all do. ``vocabulary``: the teacher's token ids that
+    stay, ascending (see :mod:`edgestill.distill.vocabulary`); empty for all. ``parameters`` is what comes out.
     """
 
     keep: tuple[int, ...]
@@ -53,16 +54,21 @@ class StudentPlan:
     neurons: tuple[tuple[int, ...], ...] = ()
     queries: tuple[tuple[int, ...], ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
-    vocabulary: str | None = None
+    vocabulary: tuple[int, ...] = ()
 
     @classmethod
-    def of_layers(cls, folder: ModelFolder, keep: Sequence[int] | None = None) -> StudentPlan:
-        """The plan that keeps the layers ``keep`` (default: all) and everything in them."""
+    def of_layers(
+        cls, folder: ModelFolder, keep: Sequence[int] | None = None, vocabulary: Sequence[int] = ()
+    ) -> StudentPlan:
+        """The plan that keeps the layers ``keep`` (default: all) and everything in them, and the tokens
+        ``vocabulary``."""
         chosen = tuple(range(folder.layers) if keep is None else keep)
         widths = teacher_widths(folder)
+        if vocabulary:
+            widths = dataclasses.replace(widths, vocab_size=len(vocabulary))
         return cls(
             chosen, widths.ffn, widths.heads, widths.kv_heads, widths.vocab_size,
-            sum(count_parameters(folder, chosen, widths).values()),
+            sum(count_parameters(folder, chosen, widths).values()), vocabulary=tuple(vocabulary),
         )  # fmt: skip
 
     @property
@@ -84,13 +90,18 @@ class StudentPlan:
         return hash_json(dataclasses.asdict(self))
 
 
-def plan_student(folder: ModelFolder, config: StudentConfig) -> StudentPlan:
-    """The plan of a recipe's ``[student]``. :class:`~edgestill.errors.RecipeError` for what can't be."""
-    return StudentPlan.of_layers(folder, choose_layers(config, folder.layers))
+def plan_student(folder: ModelFolder, config: StudentConfig, vocabulary: Sequence[int] = ()) -> StudentPlan:
+    """The plan of a recipe's ``[student]``, with the teacher's token ids ``vocabulary`` (empty: all).
+
+    :class:`~edgestill.errors.RecipeError` for what can't be.
+    """
+    return StudentPlan.of_layers(folder, choose_layers(config, folder.layers), vocabulary)
 
 
 def make_student(teacher: ModelFolder, plan: StudentPlan) -> nn.Module:
     """A fresh fp32 copy of the teacher with only what ``plan`` keeps, in ``eval()``."""
     student = load_torch(teacher.path)
     cut_layers(student, plan.keep)
+    if plan.vocabulary:
+        trim_embeddings(student, plan.vocabulary)
     return student

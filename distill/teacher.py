@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from ..checkpoints import ModelFolder, load_torch
 from ..errors import BadInput
+from ..files import hash_json
 from ..progress import Progress, silent
 from .batches import Batch, Examples, collate
 from .cache import VectorCache
 from .signal import Hidden, Relations
 from .student import base_model
 from .taps import Heard, Taps
+from .vocabulary import trim_embeddings
 
 __all__ = ["Said", "Teacher", "check_finite", "vectors"]
 
@@ -61,15 +63,31 @@ def check_finite(model: nn.Module, who: str) -> None:
 
 
 class Teacher:
-    """A frozen teacher. Encoders whose blocks nobody asks for are asked once for each text (:meth:`remember`)."""
+    """A frozen teacher.
+
+    ``vocabulary``: the ids that a student with a trimmed vocabulary has left. The teacher's own rows are then cut
+    alike, so that it reads the student's tokens (each is one of its own) and answers over them: its distribution
+    conditional on the kept tokens. Nothing else has to know.
+
+    Encoders whose blocks nobody asks for are asked once for each text (:meth:`remember`).
+    """
 
     def __init__(
-        self, folder: ModelFolder, layers: Sequence[int] = (), pad_id: int = 0, device: str | torch.device = "cpu"
+        self,
+        folder: ModelFolder,
+        layers: Sequence[int] = (),
+        pad_id: int = 0,
+        device: str | torch.device = "cpu",
+        vocabulary: Sequence[int] = (),
     ) -> None:
         self.folder = folder
         self.pad_id = pad_id
         self.device = torch.device(device)
-        self.model = load_torch(folder.path).requires_grad_(False).to(self.device)
+        self.vocabulary = tuple(vocabulary)
+        model = load_torch(folder.path)
+        if self.vocabulary:
+            trim_embeddings(model, self.vocabulary)
+        self.model = model.requires_grad_(False).to(self.device)
         check_finite(self.model, f"the teacher {folder.path}")
         self.layers: tuple[int, ...] = ()
         self._taps: Taps | None = None
@@ -99,6 +117,8 @@ class Teacher:
     def remember(self, examples: Examples, work: Path, progress: Progress = silent) -> None:
         """Fill the cache of vectors for ``examples`` (resumable), from which :meth:`say` then reads."""
         key = {"teacher": self.folder.model_id, "texts": examples.digest(), "pad_id": self.pad_id}
+        if self.vocabulary:  # the same numbers would be other words
+            key["vocabulary"] = hash_json(self.vocabulary)
         self._cache = VectorCache(work, key, examples.lengths)
         width = len(self.folder.labels) or self.folder.hidden_size
         self._cache.fill(lambda rows: self.read(examples, rows), width, progress=progress)
