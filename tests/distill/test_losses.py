@@ -217,11 +217,12 @@ def test_losses_of_a_recipe_have_full_names_and_their_own_parameters(logits):
 
 def test_every_loss_says_how_it_takes_each_signal():
     logit_losses = [loss for loss in LOSSES.values() if loss.signal is Dense]
-    assert len(logit_losses) == 8
+    assert len(logit_losses) == 9
     assert all(loss.takes[Dense].how == "exact" for loss in logit_losses)
     sparse = {loss.name: loss.takes[Sparse].how for loss in logit_losses}
-    assert {name for name, how in sparse.items() if how == "refused"} == {"logit_mse", "alpha_beta"}
-    assert {how for name, how in sparse.items() if name not in ("logit_mse", "alpha_beta")} == {"lower bound"}
+    refused = {"logit_mse", "alpha_beta", "universal_logit"}
+    assert {name for name, how in sparse.items() if how == "refused"} == refused
+    assert {how for name, how in sparse.items() if name not in refused} == {"lower bound"}
     for text, how in (("alpha_beta:0.3:0.7", "lower bound"), ("alpha_beta:1:0", "lower bound"),
                       ("alpha_beta:1:1", "refused")):  # fmt: skip
         assert select_losses({text: 1.0}, "text-generation")[parse_loss(text).text].takes[Sparse].how == how

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -331,3 +332,21 @@ def test_a_copy_of_the_teacher_is_not_trimmed_by_accident(tiny_bert: Path, sente
     copy = shutil.copytree(tiny_bert, tmp_path / "copy")
     assert (plain.path / "tokenizer.json").read_bytes() == (copy / "tokenizer.json").read_bytes()
     assert "vocabulary" not in json.loads((plain.path / "distillation.json").read_text())
+
+
+def test_the_figure_of_the_peers_measures_what_it_says(wordy: Path, texts: DataSets):
+    """``vocab_trim`` on a tiny teacher: with all tokens kept nothing is lost, with fewer the rows count."""
+    path = Path(__file__).parents[1] / "peers/programs/vocab_trim.py"
+    module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("vocab_trim", path))  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    settings = {"positions": 100, "window": 24, "student_layers": 2}
+    everything = module.measure(wordy, texts.split("train"), texts.split("dev"), size=768, **settings)
+    assert everything["agreement_coinciding"] == everything["agreement_aligned"] == 1.0
+    assert everything["coverage"]["growth"] == everything["coverage"]["kept"] == 1.0
+    found = module.measure(wordy, list(SAMPLE_TEXT[:4]), SAMPLE_TEXT[4:], size=448, **settings)
+    parameters = open_model(wordy).parameters
+    assert found["removed_of_teacher"] == pytest.approx((800 - 448) * 64 / parameters)
+    assert found["removed_of_student"] > found["removed_of_teacher"]
+    assert min(found["coinciding_positions"], found["aligned_positions"]) > 10
+    assert found["agreement_coinciding"] < 1.0
+    assert found["coverage"]["kept"] < 1.0 < found["coverage"]["growth"]
