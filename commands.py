@@ -108,7 +108,8 @@ def fetch_all(name: str, sha256: str | None, observer: Observer) -> list[Fetched
         return [fetch(name, sha256=sha256, progress=observer.advanced)]
     path = find_recipe(name)
     recipe = load_recipe(path)
-    sources = [recipe.teacher, *recipe.data.text, *recipe.data.task]
+    further = recipe.distill.teacher if recipe.distill else ()
+    sources = [recipe.teacher, *further, *recipe.data.text, *recipe.data.task]
     found = []
     for source in {source.source: source for source in sources}.values():
         observer.started(source.source, source.source)

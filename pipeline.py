@@ -6,7 +6,7 @@
 
     runs/NAME/
       recipe.toml  run.json  measurements.jsonl  report.html  MODEL_CARD.md
-      teacher/  student/           model folders
+      teacher/  student/           model folders (further teachers: teacher-2/ ...)
       artifacts/VARIANT/           verified artifacts
       quarantine/VARIANT/          artifacts that failed
       work/                        references, checkpoints, results of single stages; may be removed
@@ -153,6 +153,32 @@ class Run:
         self.folder.stage("teacher", inputs, action, ["teacher"], "prepare the teacher")
         return open_model(self.folder / "teacher")
 
+    def _more_teachers(self) -> list[ModelFolder]:
+        """Fetch and prepare ``[[distill.teacher]]``: ``teacher-2/``, ``teacher-3/`` and so on in the run folder."""
+        from .checkpoints import open_model, prepare_model
+        from .fetch import fetch
+
+        recipe, found = self.recipe, []
+        for number, config in enumerate(recipe.distill.teacher if recipe.distill else (), start=2):
+            name = f"teacher-{number}"
+            source = fetch(config.source, sha256=config.sha256, base=self.base, progress=self.progress)
+
+            def action(
+                path: Path = source.path, name: str = name, license: str | None = config.license
+            ) -> Mapping[str, Any]:
+                model = prepare_model(
+                    path, self.folder / name, task=recipe.task, license=license, progress=self.progress
+                )
+                return {"note": describe(model), "model_id": model.model_id}
+
+            inputs = {
+                "version": VERSIONS["teacher"], "sha256": source.sha256, "task": recipe.task,
+                "license": config.license,
+            }  # fmt: skip
+            self.folder.stage(name, inputs, action, [name], f"prepare teacher {number}")
+            found.append(open_model(self.folder / name))
+        return found
+
     def _data(self) -> DataSets:
         from .data import load_data
 
@@ -179,11 +205,13 @@ class Run:
         recipe = self.recipe
         if recipe.distill is None and recipe.student == type(recipe.student)():
             return teacher  # shipped as it is
+        others = self._more_teachers()
 
         def action() -> Mapping[str, Any]:
             result = together(distill)(
                 teacher.path, self.folder / "student", student=recipe.student, config=recipe.distill, data=data,
                 max_length=recipe.data.max_length, work=self.folder / "work/distill", progress=self.progress,
+                others=[other.path for other in others],
             )  # fmt: skip
             facts = {k: v for k, v in dataclasses.asdict(result).items() if k not in ("path", "curves")}
             atomic_write(self.folder / "work/curves.json", json.dumps(list(result.curves)))
@@ -191,7 +219,8 @@ class Run:
             return {"note": describe(model), "model_id": model.model_id, "result": facts}
 
         self.folder.stage(
-            "student", {"version": VERSIONS["student"], "threads": self.threads, **self._student_inputs(teacher, data)},
+            "student", {"version": VERSIONS["student"], "threads": self.threads, **self._student_inputs(teacher, data),
+                        "others": [other.model_id for other in others]},
             action, ["student", "work/curves.json"], "distil the student" if recipe.distill else "cut the student",
         )  # fmt: skip
         return open_model(self.folder / "student")

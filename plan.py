@@ -21,7 +21,8 @@ from .errors import EdgestillError
 from .fetch import find_cached
 from .inspection import Inspection, inspect_model
 from .loss_names import LOSS_NAMES, parse_loss
-from .recipe import Recipe, find_recipe, load_recipe
+from .recipe import DistillConfig, Recipe, find_recipe, load_recipe
+from .recipe_teaching import ExtraTeacherConfig
 from .recipe_text import dump_recipe
 
 __all__ = ["Plan", "PlanProblem", "PlanStep", "PlanVariant", "plan_recipe"]
@@ -36,6 +37,7 @@ _RUNTIME = {"onnx": "onnxruntime", "gguf": "llama-cpp-python", "coreml": "coreml
 _WRITER = {"onnx": ("onnx",), "gguf": ("gguf", "llama-cpp-python"), "coreml": ("coremltools",)}
 _SENTENCE_TOKENS = 28  # of an English sentence of 20-300 characters, measured on movie reviews
 _TRAINING_PASSES = 3.0  # a step costs a forward pass and about two more for the gradients
+_WRITING_SLOWNESS = 3.0  # a token written costs about so many times one that is read among others
 _EFFICIENCY = 0.35  # what a whole model reaches of one big matrix product's speed
 _EXPORT_SECONDS = {"onnx": 6.0, "gguf": 4.0, "coreml": 12.0}
 _BASE_MEMORY = 1.2e9  # Python with torch and an exporter loaded, bytes
@@ -104,6 +106,7 @@ class _Draft:
         self.runs = runs
         self.problems: list[PlanProblem] = []
         self.model: Inspection | None = None
+        self.others: list[Inspection] = []  # further teachers that are at hand
 
     def plan(self) -> Plan:
         import psutil
@@ -163,7 +166,9 @@ class _Draft:
         """Look for every source; returns what has to be downloaded."""
         missing = []
         recipe = self.recipe
-        for source in dict.fromkeys(s.source for s in (recipe.teacher, *recipe.data.text, *recipe.data.task)):
+        for source in dict.fromkeys(
+            s.source for s in (recipe.teacher, *self._further(), *recipe.data.text, *recipe.data.task)
+        ):
             with self._collecting():
                 if find_cached(source, base=self.base) is None:
                     missing.append(source)
@@ -171,7 +176,15 @@ class _Draft:
             found = None if recipe.teacher.source in missing else find_cached(recipe.teacher.source, base=self.base)
             if found is not None:
                 self.model = inspect_model(found, task=recipe.task)
+        for config in self._further():
+            with self._collecting():
+                found = None if config.source in missing else find_cached(config.source, base=self.base)
+                if found is not None:
+                    self.others.append(inspect_model(found, task=recipe.task))
         return missing
+
+    def _further(self) -> tuple[ExtraTeacherConfig, ...]:
+        return self.recipe.distill.teacher if self.recipe.distill else ()
 
     def _packages(self) -> None:
         """Each package that this recipe needs and that is not installed."""
@@ -192,6 +205,10 @@ class _Draft:
         facts["teacher is"] = (
             f"{model.architecture}, {model.layers} layers, {model.parameters / 1e6:.1f} M parameters, {model.task}"
         )
+        for number, other in enumerate(self.others, start=2):
+            facts[f"teacher {number} is"] = (
+                f"{other.architecture}, {other.layers} layers, {other.parameters / 1e6:.1f} M parameters"
+            )
         kept = self._kept()
         if kept is not None:
             size = model.student_parameters(kept)
@@ -271,15 +288,37 @@ class _Draft:
         read = {LOSS_NAMES[parse_loss(name).name].reads for name, weight in recipe.distill.loss.items() if weight}
         live = read & {"logits", "blocks"}
         of_teacher = tokens if live else tokens / recipe.distill.epochs  # embeddings are computed once
-        seconds = (tokens * _TRAINING_PASSES * cost["student"] + of_teacher * cost["teacher"]) / rate
-        return PlanStep("student", f"{tokens:,.0f} tokens", seconds)
+        teachers = cost["teacher"] + sum(2.0 * other.parameters for other in self.others)
+        seconds = (tokens * _TRAINING_PASSES * cost["student"] + of_teacher * teachers) / rate
+        note = f"{tokens:,.0f} tokens"
+        by_student, by_teacher = self._written(recipe.distill)
+        if by_student or by_teacher:
+            # Token by token, each weight is read for every one of them, for a batch at once.
+            seconds += _WRITING_SLOWNESS * (by_student * cost["student"] + by_teacher * teachers) / rate
+            written = {"student": by_student, "teacher": by_teacher}
+            note += "".join(f", {count:,.0f} written by the {who}" for who, count in written.items() if count)
+        return PlanStep("student", note, seconds)
+
+    def _written(self, config: DistillConfig) -> tuple[float, float]:
+        """Most tokens that student and teacher will write."""
+        examples = sum(text.train for text in self.recipe.data.text)
+        group = config.batch_size * config.gradient_accumulation
+        steps = config.max_steps or max(1, round(config.epochs * examples / group))
+        by_student = by_teacher = 0.0
+        if (own := config.on_policy) is not None:
+            again = 0.0 if not own.replay else 0.5 if own.replay_ratio == "linear" else own.replay_ratio
+            by_student = own.ratio * (1 - again) * steps * group * own.new_tokens
+        if (sequence := config.sequence) is not None:
+            by_teacher = sequence.share * examples * sequence.new_tokens
+        return by_student, by_teacher
 
     def _disk(self, variants: tuple[PlanVariant, ...]) -> float | None:
         if self.model is None:
             return None
         teacher, student = self._parameters()
         # teacher, student, untrained cut and two training checkpoints (weights and two optimiser moments each)
-        models = 4.0 * (teacher + student * (2 + (2 * 3 if self.recipe.distill else 0)))
+        further = sum(other.parameters for other in self.others)
+        models = 4.0 * (teacher + further + student * (2 + (2 * 3 if self.recipe.distill else 0)))
         artifacts = sum(variant.size_bytes or 0 for variant in variants)
         texts = max(1, sum(1 for text in self.recipe.data.text if text.test))
         rows = self.recipe.bench.tokens if self.model.task == "text-generation" else 0
@@ -290,7 +329,8 @@ class _Draft:
         if self.model is None:
             return None
         teacher, student = self._parameters()
-        training = 4.0 * (teacher + 4 * student) if self.recipe.distill else 0.0
+        further = sum(other.parameters for other in self.others)
+        training = 4.0 * (teacher + further + 4 * student) if self.recipe.distill else 0.0
         return _BASE_MEMORY + max(training, 4.0 * 3 * teacher)
 
 

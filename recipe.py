@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_va
 from .errors import BadInput, RecipeError, nearest
 from .loss_names import LOSS_NAMES, parse_loss
 from .recipe_base import Positive, PositiveFloat, Source, Strict, TeacherConfig, Weight
-from .recipe_teaching import OnPolicyConfig, SequenceConfig
+from .recipe_teaching import ExtraTeacherConfig, OnPolicyConfig, SequenceConfig
 from .recipe_training import CorrectionConfig, LoraConfig
 
 __all__ = [
@@ -192,6 +192,10 @@ class DistillConfig(Strict):
     """the student writes, the teacher scores what was written (text generation)."""
     sequence: SequenceConfig | None = None
     """the teacher writes first, and the student learns from its texts (text generation)."""
+    teacher: tuple[ExtraTeacherConfig, ...] = ()
+    """further teachers: the student learns from the weighted mean of the distributions of all of them."""
+    teacher_weight: PositiveFloat = 1.0
+    """weight of the recipe's `[teacher]` beside further ones; all weights are divided by their sum."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """of the student's layers while it trains (`bf16`: autocast). Weights, losses, the teacher and what is saved are
     fp32."""

@@ -58,7 +58,8 @@ class SequenceConfig(Writing):
 
 class ExtraTeacherConfig(TeacherConfig):
     """`[[distill.teacher]]`: one more teacher, with the same tokenizer as the first (classification: the same labels).
-    Hidden states are imitated from the first teacher only."""
+    What stands inside (hidden states, attention) is imitated from the first teacher only; `correct_teacher` corrects
+    that one alone."""
 
     weight: PositiveFloat = 1.0
     """its part in the mean of the teachers' probabilities."""

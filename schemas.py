@@ -76,6 +76,7 @@ def recipe_reference() -> str:
         "`[distill.sequence]`": recipe_teaching.SequenceConfig,
         "`[distill.lora]`": recipe_training.LoraConfig,
         "`[distill.correct_teacher]`": recipe_training.CorrectionConfig,
+        "`[[distill.teacher]]`": recipe_teaching.ExtraTeacherConfig,
         "`[[export]]`": recipe.ExportConfig, "`[bench]`": recipe.BenchConfig,
         "`[gates]`, a table for each metric": recipe.GateConfig,
     }  # fmt: skip

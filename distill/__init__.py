@@ -6,6 +6,7 @@ called again; it then goes on and ends with the same weights, bit for bit (on on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,12 +31,14 @@ def distill(
     max_length: int,
     work: Path,
     progress: Progress = silent,
+    others: Sequence[Path] = (),
 ) -> DistillResult:
     """Cut a student from the model folder ``teacher``, train it on ``data`` and write the model folder ``out``.
 
     ``config=None``: only the cut. ``max_length`` in tokens (the model's own limit if that is lower). ``work`` holds
-    checkpoints and cached teacher vectors; it may be removed afterwards. Besides the model, ``out`` gets
-    ``distillation.json`` (what was done) and ``training.jsonl`` (each step's raw loss components).
+    checkpoints and cached teacher vectors; it may be removed afterwards. ``others``: the folders of the further
+    teachers that ``config`` names, in its order. Besides the model, ``out`` gets ``distillation.json`` (what was done)
+    and ``training.jsonl`` (each step's raw loss components).
 
     Raises :class:`~edgestill.errors.RecipeError` (a loss that doesn't fit the task, layers that aren't there),
     :class:`~edgestill.errors.BadInput` (no text, a teacher that puts out NaN), and
@@ -46,5 +49,13 @@ def distill(
     except ModuleNotFoundError as missing:
         raise MissingDependency.package(missing.name or "torch", "distill") from None
     return run(
-        teacher, out, student=student, config=config, data=data, max_length=max_length, work=work, progress=progress
+        teacher,
+        out,
+        student=student,
+        config=config,
+        data=data,
+        max_length=max_length,
+        work=work,
+        progress=progress,
+        others=others,
     )

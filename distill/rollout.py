@@ -92,7 +92,7 @@ def check_on_policy(
             "[distill.on_policy] adapt_every measures the KL on held-out text, and there is none",
             hint="set `dev` in a [[data.text]], or leave adapt_every out",
         )
-    if plan == StudentPlan.of_layers(folder):
+    if not config.teacher and plan == StudentPlan.of_layers(folder):
         raise RecipeError(
             "[distill.on_policy]: the student is the teacher, so there is nothing to learn from its texts",
             hint="keep fewer layers in [student]",

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from .batches import Examples, encode
 from .checkpoint import find_checkpoint, sweep_checkpoints
 from .correction import correction_config
 from .cost import Cost
+from .ensemble import MixedTeacher, check_teachers, normalised
 from .evaluate import HeldOut
 from .journal import Journal, Row
 from .layer_maps import learn_layer_map, map_layers
@@ -56,7 +58,11 @@ CARD_FILE, JOURNAL_FILE, RESULT_FILE, IDENTITY_FILE = (
 )  # fmt: skip
 CORRECTED = "teacher"  # inside the work folder
 # Settings that change when checkpoints are written or how fast it goes, and not what comes out.
-NOT_IDENTITY = {"save_every", "threads", "gradient_checkpointing", "report_to"}
+# Where a teacher was fetched from says nothing either: its content does.
+NOT_IDENTITY: dict[str, Any] = {
+    "save_every": True, "threads": True, "gradient_checkpointing": True, "report_to": True,
+    "teacher": {"__all__": {"source", "sha256", "license"}},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class Job:
     steps: int
     original: ModelFolder | None = None
     """What the teacher was before it was corrected."""
+    others: tuple[ModelFolder, ...] = ()
 
     @property
     def tokenizer(self) -> Any:
@@ -103,12 +110,22 @@ class Job:
         """Tokens that the tokenizer knows (the embedding may have more rows), or the number of classes."""
         return len(self.teacher.labels) or min(len(self.tokenizer), self.teacher.vocab_size)
 
+    @property
+    def teachers(self) -> list[dict[str, Any]]:
+        """Each teacher's content and its part in the mean."""
+        folders = (self.teacher, *self.others)
+        return [
+            {"model_id": folder.model_id, "weight": weight}
+            for folder, weight in zip(folders, normalised(self.config), strict=True)
+        ]
+
     def identity(self) -> str:
         """sha256 of all of it, and of the libraries' versions."""
         return hash_json(
             {
                 "version": VERSION,
                 "teacher": self.teacher.model_id,
+                "others": [other.model_id for other in self.others],
                 "plan": self.plan.digest(),
                 "config": self.config.model_dump(mode="json", exclude=NOT_IDENTITY),
                 "train": self.train.digest(),
@@ -128,6 +145,7 @@ def run(
     max_length: int,
     work: Path,
     progress: Progress = silent,
+    others: Sequence[Path] = (),
 ) -> DistillResult:
     """See :func:`edgestill.distill.distill`."""
     original = folder = open_model(teacher)
@@ -142,7 +160,7 @@ def run(
     check_trackers(config.report_to)
     ranks.start()
     progress = progress if ranks.is_first() else silent
-    job = _prepare(folder, plan, config, data, max_length, vocabulary)
+    job = _prepare(folder, plan, config, data, max_length, vocabulary, tuple(open_model(path) for path in others))
     if folder is not original:
         job = dataclasses.replace(job, original=original)
     identity = job.identity()
@@ -172,12 +190,14 @@ def _corrected(
 def _prepare(
     folder: ModelFolder, plan: StudentPlan, config: DistillConfig, data: DataSets, max_length: int,
     vocabulary: FittedVocabulary,
+    others: tuple[ModelFolder, ...],
 ) -> Job:  # fmt: skip
     losses = select_losses(config.loss, folder.task)
     if config.layer_map != "cka":
         map_layers(config.layer_map, plan.keep, folder.layers)  # a map that names no layer is found before any work
-    length = min(max_length, folder.max_length)
+    length = min(max_length, folder.max_length, *(other.max_length for other in others))
     texts = data.split("train")
+    check_teachers(folder, others, config, texts[:200])
     labels = [-100] * len(texts)
     if folder.task == "text-classification" and "cross_entropy" in losses:
         for text, label in _labelled(folder, data):
@@ -199,7 +219,7 @@ def _prepare(
         raise RecipeError("[distill] evaluate_every has no text to measure on", hint="set `dev` in a [[data.text]]")
     group = config.batch_size * config.gradient_accumulation
     steps = config.max_steps or max(1, round(config.epochs * len(train) / group))
-    return Job(folder, plan, config, train, dev, vocabulary, steps)
+    return Job(folder, plan, config, train, dev, vocabulary, steps, others=others)
 
 
 def _labelled(folder: ModelFolder, data: DataSets) -> list[tuple[str, int]]:
@@ -221,7 +241,7 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     config, folder = job.config, job.teacher
     arguments = training_arguments(config, job.steps, work)
     check_precision(config.precision, arguments.device)
-    teacher = Teacher(folder, (), job.pad_id, arguments.device, job.plan.vocabulary)
+    teacher = _teacher(job, arguments.device)
     if config.sequence is not None:
         with ranks.first_goes_ahead():
             job = dataclasses.replace(job, train=_written(job, config.sequence, teacher, work, progress))
@@ -229,10 +249,8 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     dev = job.dev if ranks.is_first() else Examples((), ())
     judged_by = {"": teacher}
     if job.original is not None:
-        judged_by = {
-            "": Teacher(job.original, (), job.pad_id, arguments.device, job.plan.vocabulary),
-            "corrected_": teacher,
-        }
+        uncorrected = _teacher(dataclasses.replace(job, teacher=job.original), arguments.device)
+        judged_by = {"": uncorrected, "corrected_": teacher}
     judges = {prefix: HeldOut(dev, judge, job.vocab_size) for prefix, judge in judged_by.items()}
     held_out = judges[""]
     if config.lora is not None:
@@ -282,6 +300,8 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
         card = {**_card(folder, job.plan, job.vocabulary, job, result, trainer.best_step, mapped), "cost": cost}
         if job.original is not None:
             card |= {"teacher_id": job.original.model_id, "corrected_teacher": _correction_facts(folder)}
+        if job.others:
+            card["teachers"] = job.teachers
         if config.sequence is not None:
             card["sequence"] = {"texts": sum(map(bool, job.train.prompts)), "sha256": job.train.digest()}
         _write(model.to("cpu"), job.tokenizer, out, folder, card, journal)
@@ -326,11 +346,24 @@ def _check_something_to_learn(student: nn.Module, teacher: nn.Module) -> None:
         )
 
 
+def _teacher(job: Job, device: torch.device) -> Teacher:
+    if not job.others:
+        return Teacher(job.teacher, (), job.pad_id, device, job.plan.vocabulary)
+    folders, weights = (job.teacher, *job.others), normalised(job.config)
+    return MixedTeacher(
+        folders, weights, job.config.temperature, job.vocab_size, (), job.pad_id, device, job.plan.vocabulary
+    )
+
+
 def _written(job: Job, settings: SequenceConfig, teacher: Teacher, work: Path, progress: Progress) -> Examples:
     """The training examples after the teacher has continued its share of them."""
     stop = job.stop
-    writer = Writer([teacher.model], settings, vocab_size=job.vocab_size, stop=stop, pad_id=job.pad_id, whose="teacher")
-    key = {"teachers": [[job.teacher.model_id, 1.0]], "stop": sorted(stop), "vocab_size": job.vocab_size}
+    mixed: Any = teacher.model
+    writer = Writer(
+        mixed.members if job.others else [mixed], settings, vocab_size=job.vocab_size, stop=stop, pad_id=job.pad_id,
+        weights=normalised(job.config), whose="teacher",
+    )  # fmt: skip
+    key: dict[str, Any] = {"teachers": job.teachers, "stop": sorted(stop), "vocab_size": job.vocab_size}
     if job.plan.vocabulary:  # the same numbers would be other words
         key["vocabulary"] = hash_json(job.plan.vocabulary)
     return write_texts(job.train, settings, writer, seed=job.config.seed, key=key, work=work, progress=progress)
@@ -357,7 +390,7 @@ def _cost(job: Job, teacher: Teacher | None, tokens: int, rollouts: Rollouts | N
         (prompt, len(ids) - prompt) for ids, prompt in zip(job.train.ids, job.train.prompts, strict=False) if prompt
     ]
     return Cost(
-        teacher_forward_tokens=asked + sum(prompt for prompt, _ in written),
+        teacher_forward_tokens=(asked + sum(prompt for prompt, _ in written)) * len(job.teachers),
         teacher_generated_tokens=sum(count for _, count in written),
         student_forward_tokens=tokens + (rollouts.prompt_tokens_read if rollouts else 0),
         student_generated_tokens=rollouts.tokens_written if rollouts else 0,
@@ -367,7 +400,7 @@ def _cost(job: Job, teacher: Teacher | None, tokens: int, rollouts: Rollouts | N
 def _layer_map(job: Job, student: nn.Module, teacher: Teacher) -> tuple[int, ...]:
     """Which teacher layer each layer of the student imitates; the student is still untrained."""
     if job.config.layer_map == "cka":
-        return learn_layer_map(student, teacher.model, job.train, job.pad_id)
+        return learn_layer_map(student, teacher.inside, job.train, job.pad_id)
     return map_layers(job.config.layer_map, job.plan.keep, job.teacher.layers)
 
 

@@ -6,7 +6,6 @@ on after a kill, and the texts of a step don't depend on how it is cut into forw
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,9 @@ from ..checkpoints import ModelFolder
 from ..errors import BadInput
 from ..recipe_teaching import Writing
 from .anatomy import base_model
+from .ensemble import mixture
 
-__all__ = ["Continuation", "Writer", "choose", "mixture", "stop_ids"]
+__all__ = ["Continuation", "Writer", "choose", "stop_ids"]
 
 Key = tuple[int, ...]
 
@@ -43,15 +43,6 @@ def stop_ids(folder: ModelFolder, tokenizer: Any, vocabulary: Sequence[int] = ()
     kept = {ours for ours, theirs in enumerate(vocabulary) if theirs in ends} if vocabulary else ends
     found = {tokenizer.eos_token_id, *kept}
     return frozenset(int(number) for number in found if number is not None)
-
-
-def mixture(logits: Sequence[Tensor], weights: Sequence[float], temperature: float = 1.0) -> Tensor:
-    """Log-probabilities ``log sum_i w_i softmax(z_i / T)`` in fp32 of logits [..., V] each; ``weights`` sum to 1."""
-    parts = [
-        torch.log_softmax(z.float() / temperature, dim=-1) + math.log(weight)
-        for z, weight in zip(logits, weights, strict=True)
-    ]
-    return torch.logsumexp(torch.stack(parts), dim=0)
 
 
 def choose(log_probs: Tensor, uniforms: Tensor, top_p: float = 1.0, top_k: int | None = None) -> Tensor:

@@ -84,11 +84,7 @@ class Teacher:
         self.pad_id = pad_id
         self.device = torch.device(device)
         self.vocabulary = tuple(vocabulary)
-        model = load_torch(folder.path)
-        if self.vocabulary:
-            trim_embeddings(model, self.vocabulary)
-        self.model = model.requires_grad_(False).to(self.device)
-        check_finite(self.model, f"the teacher {folder.path}")
+        self.model = self._load().requires_grad_(False).to(self.device)
         self.layers: tuple[int, ...] = ()
         self._taps: Taps | None = None
         self._cache: VectorCache | None = None
@@ -102,7 +98,27 @@ class Teacher:
         if self._taps is not None:
             self._taps.remove()
         self.layers = tuple(layers)
-        self._taps = Taps(self.model, self.layers, kinds) if self.layers and kinds else None
+        self._taps = Taps(self.inside, self.layers, kinds) if self.layers and kinds else None
+
+    @property
+    def inside(self) -> nn.Module:
+        """The model whose blocks are listened to."""
+        return self.model
+
+    def _load(self) -> nn.Module:
+        return self._load_one(self.folder)
+
+    def _load_one(self, folder: ModelFolder) -> nn.Module:
+        model = load_torch(folder.path)
+        if self.vocabulary:
+            trim_embeddings(model, self.vocabulary)
+        check_finite(model, f"the teacher {folder.path}")
+        return model
+
+    @property
+    def identity(self) -> str:
+        """Names what it says, in keys of caches."""
+        return self.folder.model_id
 
     @property
     def width(self) -> int:
@@ -116,7 +132,7 @@ class Teacher:
 
     def remember(self, examples: Examples, work: Path, progress: Progress = silent) -> None:
         """Fill the cache of vectors for ``examples`` (resumable), from which :meth:`say` then reads."""
-        key = {"teacher": self.folder.model_id, "texts": examples.digest(), "pad_id": self.pad_id}
+        key = {"teacher": self.identity, "texts": examples.digest(), "pad_id": self.pad_id}
         if self.vocabulary:  # the same numbers would be other words
             key["vocabulary"] = hash_json(self.vocabulary)
         self._cache = VectorCache(work, key, examples.lengths)

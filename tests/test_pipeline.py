@@ -344,3 +344,33 @@ def test_ctrl_c_says_how_to_go_on(tiny_bert: Path, text: Path, tmp_path: Path) -
     assert process.returncode == 130, "".join(before) + rest
     assert rest.splitlines()[-1] == "interrupted; the same command goes on where it stopped"
     assert "Traceback" not in rest
+
+
+def test_further_teachers_are_prepared_counted_and_part_of_the_input(
+    tiny_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    from edgestill.plan import plan_recipe
+
+    (tmp_path / "alone").mkdir()
+    alone = plan_recipe(write_recipe(tmp_path / "alone", tiny_llama, text, loss=LOGITS_LOSS), tmp_path)
+    recipe = write_recipe(tmp_path, tiny_llama, text, loss=LOGITS_LOSS)
+    more = f'[[distill.teacher]]\nsource = "{tiny_llama}"\nweight = 3.0\n[distill.on_policy]\nprompt_tokens = 3\n'
+    recipe.write_text(recipe.read_text() + more + "new_tokens = 4\nreplay = 8\n")
+    plan = plan_recipe(recipe, tmp_path)
+    assert plan.facts["teacher 2 is"].startswith("llama, 4 layers")
+    assert plan.disk_bytes > alone.disk_bytes
+    assert plan.memory_bytes > alone.memory_bytes
+    # 12 steps of 8 texts, half of them the student's, half of these new ones, of 4 tokens each.
+    [step] = [step for step in plan.steps if step.name == "student"]
+    assert step.note.endswith(", 96 written by the student")
+    run_recipe(RunConfig(recipe, tmp_path, until="student"))
+    stages = json.loads((tmp_path / "tiny/run.json").read_text())["stages"]
+    assert {"teacher", "teacher-2", "student"} <= set(stages)
+    assert hash_tree(tmp_path / "tiny/teacher-2") == hash_tree(tmp_path / "tiny/teacher")
+    card = json.loads((tmp_path / "tiny/student/distillation.json").read_text())
+    assert [row["weight"] for row in card["teachers"]] == [0.25, 0.75]
+    assert card["cost"] == stages["student"]["facts"]["result"]["cost"]
+    assert str(tiny_llama) not in json.dumps(card)
+    seen = Stages()
+    run_recipe(RunConfig(recipe, tmp_path, until="student"), seen)
+    assert {"teacher-2", "student"} <= set(seen.skipped)

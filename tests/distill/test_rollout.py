@@ -180,6 +180,14 @@ def test_a_ratio_of_0_is_plain_distillation_bit_for_bit(tiny_llama: Path, tmp_pa
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_layers_that_are_computed_again_write_the_same(tiny_llama: Path, tmp_path: Path, data: DataSets):
+    config = {"on_policy": {**WRITING, "ratio": 1.0}, "max_steps": 3}
+    plain = _run(tiny_llama, tmp_path / "plain", data, _config(**config))
+    again = _run(tiny_llama, tmp_path / "again", data, _config(**config, gradient_checkpointing=True))
+    one, other = (load_file(result.path / "model.safetensors") for result in (plain, again))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_a_run_goes_on_from_each_step_with_the_same_bytes(tiny_llama: Path, tmp_path: Path, data: DataSets):
     config = _config(
         on_policy={**WRITING, "ratio": 0.7, "replay": 12, "replay_ratio": 0.5, "adapt_every": 3, "top_p": 0.9},

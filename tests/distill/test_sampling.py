@@ -8,7 +8,8 @@ import pytest
 import torch
 from scipy import stats
 
-from edgestill.distill.sampling import Writer, choose, mixture
+from edgestill.distill.ensemble import mixture
+from edgestill.distill.sampling import Writer, choose
 from edgestill.errors import BadInput
 from edgestill.recipe_teaching import Writing
 
