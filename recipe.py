@@ -212,6 +212,9 @@ class DistillConfig(Strict):
     report_to: tuple[Literal["tensorboard", "mlflow", "trackio"], ...] = ()
     """trackers that get every step's losses; they write into the run's work folder."""
     correct_teacher: CorrectionConfig | None = None
+    streaming: bool = False
+    """tokenise the text as it is needed, into windows that follow each other without a gap (text generation; needs
+    `max_steps`): for corpora whose tokens don't fit into memory."""
 
     @model_validator(mode="after")
     def _patience(self) -> Self:

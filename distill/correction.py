@@ -15,7 +15,7 @@ __all__ = ["correction_config"]
 # What the correction takes over from [distill], beside its own length and rate.
 _SHARED = (
     "batch_size", "gradient_accumulation", "weight_decay", "warmup_ratio", "schedule", "max_grad_norm", "save_every",
-    "seed", "threads", "precision", "gradient_checkpointing",
+    "seed", "threads", "precision", "gradient_checkpointing", "streaming",
 )  # fmt: skip
 
 

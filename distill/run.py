@@ -41,6 +41,7 @@ from .result import DistillResult
 from .rollout import Rollouts, check_on_policy
 from .sampling import Writer, stop_ids
 from .sequence import check_sequence, write_texts
+from .stream import TokenStream, check_streaming
 from .student import StudentPlan, make_student, plan_student
 from .teacher import Teacher
 from .trackers import check_trackers, trackers_write_into
@@ -79,6 +80,10 @@ class Job:
     original: ModelFolder | None = None
     """What the teacher was before it was corrected."""
     others: tuple[ModelFolder, ...] = ()
+    texts: tuple[str, ...] = ()
+    """What is streamed, instead of ``train``."""
+    length: int = 0
+    """Tokens of a streamed window."""
 
     @property
     def tokenizer(self) -> Any:
@@ -128,7 +133,7 @@ class Job:
                 "others": [other.model_id for other in self.others],
                 "plan": self.plan.digest(),
                 "config": self.config.model_dump(mode="json", exclude=NOT_IDENTITY),
-                "train": self.train.digest(),
+                "train": hash_json([self.texts, self.length]) if self.texts else self.train.digest(),
                 "dev": self.dev.digest(),
                 "libraries": [torch.__version__, transformers.__version__],
             }
@@ -204,9 +209,11 @@ def _prepare(
             texts.append(text)
             labels.append(label)
     prefix, tokenizer = folder.prompt_prefix, vocabulary.tokenizer
-    train = encode(texts, tokenizer, folder.task, length, prefix=prefix, labels=labels)
+    check_streaming(config, folder)
+    streamed = tuple(prefix + text for text in texts) if config.streaming else ()
+    train = encode([] if streamed else texts, tokenizer, folder.task, length, prefix=prefix, labels=labels)
     dev = encode(data.split("dev"), tokenizer, folder.task, length, prefix=prefix)
-    if not len(train):
+    if not len(train) and not streamed:
         raise BadInput("[distill] found no text to learn from", hint="set `train` in a [[data.text]]")
     check_sequence(config.sequence, folder, length)
     check_on_policy(config, folder, plan, window=length, held_out=len(dev))
@@ -219,7 +226,7 @@ def _prepare(
         raise RecipeError("[distill] evaluate_every has no text to measure on", hint="set `dev` in a [[data.text]]")
     group = config.batch_size * config.gradient_accumulation
     steps = config.max_steps or max(1, round(config.epochs * len(train) / group))
-    return Job(folder, plan, config, train, dev, vocabulary, steps, others=others)
+    return Job(folder, plan, config, train, dev, vocabulary, steps, others=others, texts=streamed, length=length)
 
 
 def _labelled(folder: ModelFolder, data: DataSets) -> list[tuple[str, int]]:
@@ -281,7 +288,7 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     trainer = DistillTrainer(
         objective, teacher if objective.needs_teacher else None, job.train, config, arguments,
         pad_id=job.pad_id, journal=journal, measure=measure, seconds=before_kill + time.monotonic() - began,
-        progress=progress, rollouts=rollouts,
+        progress=progress, rollouts=rollouts, stream=_stream(job),
     )  # fmt: skip
     trainer.learn(checkpoint)
     steps, tokens = int(trainer.state.global_step), int(trainer.state.num_input_tokens_seen)
@@ -322,6 +329,17 @@ def _correction_facts(folder: ModelFolder) -> dict[str, Any]:
     """What the card says of the teacher that was corrected."""
     card = read_json(folder.path / CARD_FILE)
     return {"id": folder.model_id, **{key: card[key] for key in ("steps", "tokens_seen", "dev_before", "dev_after")}}
+
+
+def _stream(job: Job) -> TokenStream | None:
+    if not job.texts:
+        return None
+
+    def tokenize(text: str) -> list[int]:
+        ids: list[int] = job.tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+        return ids
+
+    return TokenStream(lambda: job.texts, tokenize, job.length, job.tokenizer.eos_token_id)
 
 
 def _resume(work: Path, journal: Journal, objective: Objective, config: DistillConfig) -> tuple[Path | None, list[Row]]:
@@ -452,7 +470,7 @@ def _card(
         "config": config.model_dump(mode="json", exclude=NOT_IDENTITY),
         "steps": result.steps,
         **({} if best_step is None else {"best_step": best_step}),
-        "examples": len(job.train),
+        "examples": len(job.train) or len(job.texts),
         "tokens_seen": result.tokens_seen,
         "dev_before": dict(result.dev_before),
         "dev_after": dict(result.dev_after),

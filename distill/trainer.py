@@ -29,6 +29,7 @@ from .journal import Journal
 from .objective import Counts, Objective, count_items
 from .rollout import Rollouts
 from .stopping import EarlyStopping
+from .stream import StreamedBatches, TokenStream
 from .teacher import Said, Teacher
 
 __all__ = ["DistillTrainer", "training_arguments"]
@@ -66,6 +67,7 @@ def training_arguments(config: DistillConfig, steps: int, work: Path) -> transfo
         report_to=list(config.report_to) if ranks.is_first() else [],
         bf16=config.precision == "bf16",
         use_cpu=not torch.accelerator.is_available(),
+        ignore_data_skip=config.streaming,  # a stream knows its own place
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # never nn.DataParallel: it splits batches that count together
     return arguments
@@ -99,6 +101,7 @@ class DistillTrainer(transformers.Trainer):
         seconds: float = 0.0,
         progress: Progress = silent,
         rollouts: Rollouts | None = None,
+        stream: TokenStream | None = None,
     ) -> None:
         self._rollouts = rollouts
         self._teacher = teacher
@@ -106,10 +109,14 @@ class DistillTrainer(transformers.Trainer):
         self._progress = progress
         self._parts: Tensor | None = None
         self._began = time.monotonic() - seconds
-        plan = plan_batches(
-            examples.lengths, config.batch_size, config.gradient_accumulation, arguments.max_steps, config.seed
-        )
+        self._stream = stream
+        plan: list[list[int]] = []
+        if stream is None:
+            plan = plan_batches(
+                examples.lengths, config.batch_size, config.gradient_accumulation, arguments.max_steps, config.seed
+            )
         self._plan = [rows[ranks.rank() :: ranks.world()] for rows in plan]
+        self._batch_size, self._pad_id = config.batch_size, pad_id
         self._measure = measure
         self._evaluate_every = config.evaluate_every
         self._average = Average(objective.student, config.ema) if config.ema else None
@@ -208,7 +215,10 @@ class DistillTrainer(transformers.Trainer):
         return time.monotonic() - self._began
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
-        """All forward passes of the run in their planned order, as one epoch."""
+        """All forward passes of the run in their planned order, as one epoch; or those of an endless stream."""
+        if self._stream is not None:
+            streamed = StreamedBatches(self._stream, self._batch_size, self._pad_id, ranks.rank(), ranks.world())
+            return DataLoader(streamed, batch_size=None, num_workers=0)
         loader: DataLoader[Batch] = DataLoader(
             self.train_dataset, batch_sampler=self._plan, collate_fn=self.data_collator, num_workers=0
         )
@@ -303,9 +313,11 @@ class DistillTrainer(transformers.Trainer):
             for name, part in parts.items():
                 part.load_state_dict(state[name])
 
-    def _extra(self) -> dict[str, Average | EarlyStopping]:
+    def _extra(self) -> dict[str, Average | EarlyStopping | TokenStream]:
         """What a checkpoint holds beside the Trainer's own state."""
-        parts: dict[str, Average | EarlyStopping | None] = {"average": self._average, "stopping": self._stopping}
+        parts: dict[str, Average | EarlyStopping | TokenStream | None] = {
+            "average": self._average, "stopping": self._stopping, "stream": self._stream,
+        }  # fmt: skip
         return {name: part for name, part in parts.items() if part is not None}
 
 
