@@ -6,11 +6,14 @@ cut from it; held-out metrics stay those against the original teacher.
 
 from __future__ import annotations
 
+import torch
+from torch import nn
+
 from ..checkpoints import ModelFolder
 from ..errors import RecipeError
 from ..recipe import DistillConfig
 
-__all__ = ["correction_config"]
+__all__ = ["check_something_to_learn", "correction_config"]
 
 # What the correction takes over from [distill], beside its own length and rate.
 _SHARED = (
@@ -36,3 +39,14 @@ def correction_config(folder: ModelFolder, config: DistillConfig) -> DistillConf
         loss={"cross_entropy": 1.0}, max_steps=settings.steps, epochs=settings.epochs or 1.0,
         learning_rate=settings.learning_rate, **shared,
     )  # fmt: skip
+
+
+def check_something_to_learn(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a student that is its teacher, number for number: its loss is 0 and stays so."""
+    theirs, ours = dict(teacher.named_parameters()), dict(student.named_parameters())
+    same = theirs.keys() == ours.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    if same:
+        raise RecipeError(
+            "the student is the whole teacher: it has nothing to learn from it",
+            hint="make it smaller, e.g. [student] layers = 3, or leave [distill] out to ship the model as it is",
+        )

@@ -25,7 +25,7 @@ from ..torch_models import quiet
 from . import ranks
 from .batches import Examples, encode
 from .checkpoint import find_checkpoint, sweep_checkpoints
-from .correction import correction_config
+from .correction import check_something_to_learn, correction_config
 from .cost import Cost
 from .ensemble import MixedTeacher, check_teachers, normalised
 from .evaluate import HeldOut
@@ -41,7 +41,7 @@ from .result import DistillResult
 from .rollout import Rollouts, check_on_policy
 from .sampling import Writer, stop_ids
 from .sequence import check_sequence, write_texts
-from .stream import TokenStream, check_streaming
+from .stream import check_streaming, stream_of
 from .student import StudentPlan, make_student, plan_student
 from .teacher import Teacher
 from .trackers import check_trackers, trackers_write_into
@@ -269,7 +269,7 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     mapped = _layer_map(job, model, teacher) if objective.inside else ()
     teacher.listen(mapped, objective.inside)
     if objective.needs_teacher:
-        _check_something_to_learn(model, teacher.model)
+        check_something_to_learn(model, teacher.model)
     if config.gradient_checkpointing:
         recompute_blocks(model)
     if objective.needs_teacher and not mapped and folder.task != "text-generation":
@@ -288,7 +288,7 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     trainer = DistillTrainer(
         objective, teacher if objective.needs_teacher else None, job.train, config, arguments,
         pad_id=job.pad_id, journal=journal, measure=measure, seconds=before_kill + time.monotonic() - began,
-        progress=progress, rollouts=rollouts, stream=_stream(job),
+        progress=progress, rollouts=rollouts, stream=stream_of(job.texts, job.tokenizer, job.length),
     )  # fmt: skip
     trainer.learn(checkpoint)
     steps, tokens = int(trainer.state.global_step), int(trainer.state.num_input_tokens_seen)
@@ -331,17 +331,6 @@ def _correction_facts(folder: ModelFolder) -> dict[str, Any]:
     return {"id": folder.model_id, **{key: card[key] for key in ("steps", "tokens_seen", "dev_before", "dev_after")}}
 
 
-def _stream(job: Job) -> TokenStream | None:
-    if not job.texts:
-        return None
-
-    def tokenize(text: str) -> list[int]:
-        ids: list[int] = job.tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
-        return ids
-
-    return TokenStream(lambda: job.texts, tokenize, job.length, job.tokenizer.eos_token_id)
-
-
 def _resume(work: Path, journal: Journal, objective: Objective, config: DistillConfig) -> tuple[Path | None, list[Row]]:
     """The checkpoint to go on from, and the journal up to it; what was done later is forgotten."""
     _check_room(work, objective, config)
@@ -351,17 +340,6 @@ def _resume(work: Path, journal: Journal, objective: Objective, config: DistillC
     if not journal.rows or "dev" not in journal.rows[0]:
         journal.rewind(-1)
     return checkpoint, journal.rows
-
-
-def _check_something_to_learn(student: nn.Module, teacher: nn.Module) -> None:
-    """Refuse a student that is its teacher, number for number: its loss is 0 and stays so."""
-    theirs, ours = dict(teacher.named_parameters()), dict(student.named_parameters())
-    same = theirs.keys() == ours.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    if same:
-        raise RecipeError(
-            "the student is the whole teacher: it has nothing to learn from it",
-            hint="make it smaller, e.g. [student] layers = 3, or leave [distill] out to ship the model as it is",
-        )
 
 
 def _teacher(job: Job, device: torch.device) -> Teacher:

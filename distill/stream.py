@@ -8,7 +8,7 @@ tokens carried over (:meth:`TokenStream.state_dict`), so that memory follows the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -18,7 +18,7 @@ from ..errors import BadInput, RecipeError, Unsupported
 from ..recipe import DistillConfig
 from .batches import NO_LABEL, Batch, collate
 
-__all__ = ["StreamedBatches", "TokenStream", "check_streaming"]
+__all__ = ["StreamedBatches", "TokenStream", "check_streaming", "stream_of"]
 
 
 class TokenStream(Iterator[tuple[int, ...]]):
@@ -123,3 +123,15 @@ def check_streaming(config: DistillConfig, folder: ModelFolder) -> None:
             "[distill] streaming together with on_policy or sequence: both need examples that are known beforehand",
             hint="leave one of them out",
         )
+
+
+def stream_of(texts: Sequence[str], tokenizer: Any, length: int) -> TokenStream | None:
+    """Windows of ``length`` tokens of ``texts``, ended by the tokenizer's end of text; ``None`` without texts."""
+    if not texts:
+        return None
+
+    def tokenize(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+        return ids
+
+    return TokenStream(lambda: texts, tokenize, length, tokenizer.eos_token_id)
