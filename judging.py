@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Judge", "Subjects", "read_all_measurements", "read_verdicts", "subject_names"]
 
 # Raised by one when what a stage writes changes although its input does not.
-VERSIONS = {"verify": 1, "accuracy": 1, "tasks": 1, "speed": 1}
+VERSIONS = {"verify": 2, "accuracy": 2, "tasks": 2, "speed": 1}
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class Judge:
             self._accuracy(name, model)
 
     def _accuracy(self, name: str, model: ModelFolder) -> None:
-        from .bench.fidelity import fidelity, reference_perplexity
+        from .bench.fidelity import fidelity, own_estimates
         from .bench.reference import read_facts
         from .runtimes.scoring import open_reference
         from .runtimes.session import SessionOptions
@@ -239,7 +239,7 @@ class Judge:
                         scores["reference_embeddings"] = open_reference(reference).said
                     if name == "teacher":
                         own = model.task == "text-generation"
-                        estimates = [reference_perplexity(scores, documents=documents)] if own else []
+                        estimates = own_estimates(scores, documents=documents) if own else []
                     else:
                         estimates = fidelity(model.task, scores, documents=documents, seed=self.recipe.bench.seed)
                     against = None if name == "teacher" else "teacher"

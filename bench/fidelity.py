@@ -6,6 +6,7 @@ or sentences (embeddings), never tokens or pairs.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from ..artifact import Task
 from ..errors import UsageError
 from ..runtimes.session import SessionInfo
+from .calibration import BINS, assign_bins, reliability
 from .metrics import METRICS
 from .records import Measurement, Summary
 from .statistics import bootstrap_interval, supported_percentiles
@@ -25,13 +27,12 @@ __all__ = [
     "expected_calibration_error",
     "fidelity",
     "mean_estimate",
+    "own_estimates",
     "pairwise_spearman",
-    "reference_perplexity",
     "softmax",
 ]
 
 Array = npt.NDArray[Any]
-ECE_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def fidelity(task: Task, scores: Mapping[str, Array], *, documents: npt.ArrayLik
     reference's own embeddings for Spearman: pass them as ``scores["reference_embeddings"] [N, D']``; cosine is left
     out where the sizes differ. Raises :class:`UsageError` for scores that are not finite.
     """
-    for name in ("kl", "logprob", "cosine", "embeddings", "logits"):
+    for name in ("kl", "logprob", "confidence", "cosine", "embeddings", "logits"):
         if name in scores and not np.isfinite(scores[name]).all():
             raise UsageError(f"scores hold NaN or infinity in {name!r}", hint="verify the artifact: it is broken")
     sources = np.asarray(documents)
@@ -105,10 +106,12 @@ def mean_estimate(metric: str, samples: npt.ArrayLike, *, groups: npt.ArrayLike 
     return Estimate(metric, summary, _rounded(values), {"independent_units": units, **(protocol or {})})
 
 
-def reference_perplexity(scores: Mapping[str, Array], *, documents: npt.ArrayLike, seed: int = 0) -> Estimate:
-    """Perplexity of the reference model itself, from the ``score()`` arrays of any session against it."""
+def own_estimates(scores: Mapping[str, Array], *, documents: npt.ArrayLike, seed: int = 0) -> list[Estimate]:
+    """Perplexity, accuracy of the next token and its calibration of the reference model itself, from the ``score()``
+    arrays of that model against its own reference."""
     groups = np.asarray(documents)[scores["window"]]
-    return _geometric("perplexity", -np.asarray(scores["reference_logprob"], np.float64), groups, seed)
+    surprise = -np.asarray(scores["reference_logprob"], np.float64)
+    return [_geometric("perplexity", surprise, groups, seed), *_next_token(scores, groups, seed)]
 
 
 def pairwise_spearman(embeddings: Array, reference: Array, *, seed: int = 0) -> Estimate:
@@ -149,26 +152,32 @@ def pairwise_spearman(embeddings: Array, reference: Array, *, seed: int = 0) -> 
     return Estimate("spearman", Summary(value, "derived", count, low, high), (), protocol)
 
 
-def expected_calibration_error(logits: Array, labels: Array, *, seed: int = 0) -> Estimate:
-    """ECE of the first choice of ``logits [N, C]`` against ``labels [N]``: ``Σ n_b/N |accuracy_b − confidence_b|``.
+def expected_calibration_error(
+    confidence: Array, right: Array, *, groups: npt.ArrayLike | None = None, seed: int = 0,
+    protocol: Mapping[str, Any] | None = None,
+) -> Estimate:  # fmt: skip
+    """ECE of a first choice of which ``confidence [N]`` is the probability and ``right [N]`` whether it was true.
 
-    15 bins of equal width (Guo et al., *On calibration of modern neural networks*, 2017).
+    15 bins of equal width; the interval resamples ``groups`` (documents). ``protocol["reliability"]`` is the curve to
+    draw, over bins of equal mass. See :mod:`edgestill.bench.calibration`. The samples are the confidences.
     """
-    probabilities = softmax(logits)
-    confidence = probabilities.max(axis=1)
-    right = (probabilities.argmax(axis=1) == labels).astype(np.float64)
-    bins = np.minimum((confidence * ECE_BINS).astype(np.int64), ECE_BINS - 1)
+    sure, hit = np.asarray(confidence, np.float64), np.asarray(right, np.float64)
+    curve = reliability(sure, hit, scheme="equal_mass")
+    bins = assign_bins(sure)
 
     def error(drawn: Array) -> Array:
         gaps = drawn[..., 0] - drawn[..., 1]
-        inside = drawn[..., 2][..., None] == np.arange(ECE_BINS)
+        inside = drawn[..., 2][..., None] == np.arange(BINS)
         return np.asarray(np.abs((gaps[..., None] * inside).sum(axis=1)).sum(axis=1) / drawn.shape[1])
 
-    samples = np.stack([right, confidence, bins], axis=1)
-    value = float(error(samples[None])[0])
-    low, high = _interval(samples, error, None, seed)
-    protocol = {"bins": ECE_BINS, "derived_from": "logits"}
-    return Estimate("ece", Summary(value, "derived", len(labels), low, high), (), protocol)
+    samples = np.stack([hit, sure, bins], axis=1)
+    low, high = _interval(samples, error, groups, seed)
+    facts = {
+        "bins": BINS, "scheme": "equal_width", "derived_from": "confidence of the first choice",
+        "reliability": dataclasses.asdict(curve), **(protocol or {}),
+    }  # fmt: skip
+    summary = Summary(reliability(sure, hit).error, "derived", len(sure), low, high)
+    return Estimate("ece", summary, _rounded(sure), facts)
 
 
 def softmax(logits: Array) -> npt.NDArray[np.float64]:
@@ -185,7 +194,14 @@ def _generation(scores: Mapping[str, Array], groups: Array, seed: int) -> list[E
     estimates.append(_geometric("perplexity", surprise, groups, seed))
     excess = surprise + np.asarray(scores["reference_logprob"], np.float64)
     estimates.append(_geometric("perplexity_ratio", excess, groups, seed))
-    return estimates
+    return estimates + _next_token(scores, groups, seed)
+
+
+def _next_token(scores: Mapping[str, Array], groups: Array, seed: int) -> list[Estimate]:
+    return [
+        mean_estimate("next_token_accuracy", scores["right"], groups=groups, seed=seed),
+        expected_calibration_error(scores["confidence"], scores["right"], groups=groups, seed=seed),
+    ]
 
 
 def _distribution(scores: Mapping[str, Array], groups: Array, seed: int) -> list[Estimate]:

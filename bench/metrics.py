@@ -77,8 +77,10 @@ METRICS: Mapping[str, Metric] = _table(
            "probe fitted on the artifact's own embeddings)", "accuracy", _LABELLED),
     Metric("accuracy_ratio", "ratio", "higher", ".1%", "accuracy over the teacher's on the same examples", "accuracy",
            _LABELLED),
-    Metric("ece", "fraction", "lower", ".2%", "expected calibration error of the first choice, 15 bins of equal width",
-           "accuracy", _CLASSES),
+    Metric("next_token_accuracy", "fraction", "higher", ".1%", "how often the first choice is the true next token",
+           "accuracy", _GENERATION),
+    Metric("ece", "fraction", "lower", ".2%", "expected calibration error of the first choice (next token, class, or "
+           "label of the probe), 15 bins of equal width", "accuracy"),
     # speed
     Metric("latency_ms", "ms", "lower", ".2f", "one forward pass of the timed input", "speed"),
     Metric("first_inference_ms", "ms", "lower", ".2f", "the first forward pass after loading", "speed"),

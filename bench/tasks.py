@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..errors import BadInput
 from ..progress import Progress, silent
-from .fidelity import Estimate, expected_calibration_error, mean_estimate
+from .fidelity import Estimate, expected_calibration_error, mean_estimate, softmax
 from .records import Summary
 from .reference import make_reference, read_facts
 from .statistics import bootstrap_interval
@@ -24,7 +24,9 @@ from .statistics import bootstrap_interval
 if TYPE_CHECKING:
     from ..data import LabelledSet
 
-__all__ = ["accuracy_ratio", "fit_probe", "make_task_reference", "predict_probe", "task_estimates"]
+__all__ = [
+    "accuracy_ratio", "first_choices", "fit_probe", "make_task_reference", "predict_probe", "task_estimates",
+]  # fmt: skip
 
 Array = npt.NDArray[Any]
 Doubles = npt.NDArray[np.float64]
@@ -66,7 +68,7 @@ def make_task_reference(
 def task_estimates(
     outputs: Array, reference: Path, *, teacher_outputs: Array | None = None, seed: int = 0
 ) -> list[Estimate]:
-    """``accuracy`` (and ``ece`` of a classifier) of an artifact's ``outputs`` on the rows of a task reference.
+    """``accuracy`` and ``ece`` of an artifact's ``outputs`` on the rows of a task reference.
 
     ``outputs [N, …]`` are the ``embeddings`` or ``logits`` that ``score()`` gave; with the teacher's on the same rows
     also ``accuracy_ratio``, whose interval draws the same examples for both.
@@ -77,16 +79,15 @@ def task_estimates(
     train = int(np.sum(np.asarray(facts["documents"]) < extra["train"]))
     if len(outputs) != len(labels):
         raise BadInput(f"{len(outputs)} outputs for {len(labels)} labels", hint="score the same reference")
-    right = _right(facts["task"], outputs, labels, train, len(extra["classes"]))
+    right, confidence = first_choices(facts["task"], outputs, labels, train, len(extra["classes"]))
     protocol: dict[str, Any] = {"train_examples": train, "classes": len(extra["classes"])}
     if facts["task"] == "feature-extraction":
         protocol["probe"] = "logistic regression, C = 1, fitted on the artifact's own embeddings"
     estimates = [mean_estimate("accuracy", right, seed=seed, protocol=protocol)]
     if teacher_outputs is not None:
-        teacher = _right(facts["task"], teacher_outputs, labels, train, len(extra["classes"]))
+        teacher, _ = first_choices(facts["task"], teacher_outputs, labels, train, len(extra["classes"]))
         estimates.append(accuracy_ratio(right, teacher, seed=seed))
-    if facts["task"] == "text-classification":
-        estimates.append(expected_calibration_error(outputs, labels, seed=seed))
+    estimates.append(expected_calibration_error(confidence, right, seed=seed, protocol=protocol))
     return estimates
 
 
@@ -141,14 +142,26 @@ def fit_probe(x: Array, y: Array, classes: int, *, c: float = 1.0) -> tuple[Doub
 
 def predict_probe(x: Array, probe: tuple[Doubles, Doubles]) -> npt.NDArray[np.int64]:
     """Classes ``[N]`` by a probe from :func:`fit_probe`."""
+    return np.asarray(_probe_logits(x, probe).argmax(axis=1), np.int64)
+
+
+def _probe_logits(x: Array, probe: tuple[Doubles, Doubles]) -> Doubles:
+    """Logits ``[N, classes]``; those of a single sigmoid are 0 and its score."""
     scores = np.asarray(x, np.float64) @ probe[0].T + probe[1]
-    return np.asarray((scores[:, 0] > 0) if scores.shape[1] == 1 else scores.argmax(axis=1), np.int64)
+    return np.concatenate([np.zeros_like(scores), scores], axis=1) if scores.shape[1] == 1 else scores
 
 
-def _right(task: str, outputs: Array, labels: Array, train: int, classes: int) -> npt.NDArray[np.bool_]:
+def first_choices(
+    task: str, outputs: Array, labels: Array, train: int, classes: int
+) -> tuple[npt.NDArray[np.bool_], Doubles]:
+    """Whether the first choice is right, and its probability, for each of the rows after the first ``train``.
+
+    ``outputs`` are class logits ``[N, C]`` or embeddings ``[N, D]``, on whose first ``train`` rows a probe is fitted.
+    """
     if task == "text-classification":
         if outputs.shape[1] < classes:
             raise BadInput(f"{outputs.shape[1]} logits for {classes} labels", hint="the task is not the model's")
-        return np.asarray(outputs.argmax(axis=1) == labels)
-    probe = fit_probe(outputs[:train], labels[:train], classes)
-    return np.asarray(predict_probe(outputs[train:], probe) == labels[train:])
+        logits = np.asarray(outputs[train:], np.float64)
+    else:
+        logits = _probe_logits(outputs[train:], fit_probe(outputs[:train], labels[:train], classes))
+    return np.asarray(logits.argmax(axis=1) == labels[train:]), softmax(logits).max(axis=1)

@@ -70,11 +70,12 @@ def score(session: Session, reference: Path, *, batch_size: int = 8) -> dict[str
     text-generation, one entry a predicted token, windows in order (a window of n real tokens predicts n - 1):
     ``kl`` (nats, KL(reference ‖ session), reduced in float64), ``top1`` (both argmax agree), ``top5`` (the reference's
     argmax is among the session's five highest), ``logprob`` and ``reference_logprob`` (nats, of the true next token),
+    ``confidence`` (probability of the session's own first choice) and ``right`` (that choice is the true next token),
     ``window`` (index). text-classification, one entry an example: ``kl``, ``top1``, ``logits [N, C]``.
     feature-extraction: ``cosine`` to the reference and ``embeddings [N, D]``.
 
-    A session that says NaN gets NaN for ``kl`` and ``logprob`` and no agreement. Raises :class:`BadInput` when session
-    and reference don't fit.
+    A session that says NaN gets NaN for ``kl``, ``logprob`` and ``confidence`` and no agreement. Raises
+    :class:`BadInput` when session and reference don't fit.
     """
     if batch_size < 1:
         raise BadInput(f"batch size {batch_size}", hint="at least 1")
@@ -133,6 +134,8 @@ def _reduce(
                 "top5": (_rank(b, best) < 5) & clean,
                 "logprob": np.take_along_axis(log_q, target, axis=1)[:, 0],
                 "reference_logprob": np.take_along_axis(log_p, target, axis=1)[:, 0],
+                "confidence": np.exp(log_q.max(axis=1)),
+                "right": (b.argmax(axis=1) == target[:, 0]) & clean,
             }
         )
     return parts

@@ -6,8 +6,9 @@ from edgestill.bench.fidelity import (
     expected_calibration_error,
     fidelity,
     mean_estimate,
+    own_estimates,
     pairwise_spearman,
-    reference_perplexity,
+    softmax,
 )
 from edgestill.bench.metrics import METRICS
 from edgestill.errors import UsageError
@@ -23,6 +24,8 @@ def generation_scores(rng, windows=12, tokens=30):
         "top5": rng.random(windows * tokens) < 0.99,
         "logprob": reference - kl,
         "reference_logprob": reference,
+        "confidence": rng.uniform(0.05, 1, windows * tokens),
+        "right": rng.random(windows * tokens) < 0.5,
         "window": np.repeat(np.arange(windows), tokens),
     }
 
@@ -30,13 +33,18 @@ def generation_scores(rng, windows=12, tokens=30):
 def test_generation_metrics_are_what_their_names_say():
     scores = generation_scores(np.random.default_rng(0))
     found = {e.metric: e for e in fidelity("text-generation", scores, documents=np.arange(12))}
-    assert set(found) == {"kl", "kl_p99", "top1_agreement", "top5_agreement", "perplexity", "perplexity_ratio"}
+    assert set(found) == {
+        "kl", "kl_p99", "top1_agreement", "top5_agreement", "perplexity", "perplexity_ratio", "next_token_accuracy",
+        "ece",
+    }  # fmt: skip
     assert found["kl"].summary.value == pytest.approx(scores["kl"].mean())
     assert found["kl_p99"].summary.value == pytest.approx(np.quantile(scores["kl"], 0.99))
     assert found["top1_agreement"].summary.value == pytest.approx(scores["top1"].mean())
     ratio = np.exp(-scores["logprob"].mean()) / np.exp(-scores["reference_logprob"].mean())
     assert found["perplexity_ratio"].summary.value == pytest.approx(ratio)
-    own = reference_perplexity(scores, documents=np.arange(12))
+    own, accuracy, ece = own_estimates(scores, documents=np.arange(12))
+    assert accuracy.summary.value == pytest.approx(scores["right"].mean())
+    assert ece == found["ece"]
     assert found["perplexity"].summary.value / own.summary.value == pytest.approx(ratio)
     for name, estimate in found.items():
         assert "text-generation" in METRICS[name].tasks
@@ -51,7 +59,10 @@ def test_samples_give_the_value_back():
         elif estimate.summary.statistic == "geometric_mean":
             assert np.exp(np.log(estimate.samples).mean()) == pytest.approx(estimate.summary.value, rel=1e-5)
         else:
-            assert estimate.protocol["derived_from"] == "kl"
+            assert (
+                estimate.protocol["derived_from"]
+                == {"kl_p99": "kl", "ece": "confidence of the first choice"}[estimate.metric]
+            )
 
 
 def test_p99_only_where_the_number_of_tokens_supports_it():
@@ -125,22 +136,25 @@ def test_spearman_of_itself_is_one_and_of_too_few_is_refused():
 
 def test_ece_of_a_hand_made_case():
     # four examples of confidence 0.7 in one bin, three right: |0.75 - 0.7|
-    logits = np.log(np.array([[0.7, 0.3]] * 4))
-    estimate = expected_calibration_error(logits, np.array([0, 0, 0, 1]))
+    estimate = expected_calibration_error(np.full(4, 0.7), np.array([1, 1, 1, 0]))
     assert estimate.summary.value == pytest.approx(0.05)
+    assert estimate.protocol["reliability"]["accuracy"] == (0.75,)
 
 
 def test_ece_equals_a_plain_loop():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(200, 3)) * 2, rng.integers(3, size=200)
-    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    p = softmax(logits)
     confidence, right = p.max(1), p.argmax(1) == labels
     total = 0.0
     for b in range(15):
         inside = (confidence >= b / 15) & (confidence < (b + 1) / 15)
         if inside.any():
             total += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
-    assert expected_calibration_error(logits, labels).summary.value == pytest.approx(total)
+    estimate = expected_calibration_error(confidence, right)
+    assert estimate.summary.value == pytest.approx(total)
+    assert estimate.summary.low < estimate.summary.high
+    np.testing.assert_allclose(estimate.samples, confidence, rtol=1e-5)
 
 
 def test_embeddings_and_classes():

@@ -50,11 +50,14 @@ def test_embeddings_are_probed(tiny_bert, sentences, tmp_path):
     said = np.asarray(open_reference(reference).said)
     assert len(said) == 100
     labels = np.array([label for _, label in (*data.train, *data.test)])
-    accuracy, ratio = task_estimates(said, reference, teacher_outputs=said)
+    accuracy, ratio, ece = task_estimates(said, reference, teacher_outputs=said)
     expected = predict_probe(said[60:], fit_probe(said[:60], labels[:60], 2)) == labels[60:]
     assert accuracy.metric == "accuracy"
     assert accuracy.summary.value == pytest.approx(expected.mean())
     assert accuracy.summary.n == 40
+    weight, bias = fit_probe(said[:60], labels[:60], 2)
+    sure = 1 / (1 + np.exp(-np.abs(said[60:].astype(np.float64) @ weight[0] + bias[0])))  # the sigmoid's larger side
+    np.testing.assert_allclose(ece.samples, sure, rtol=1e-5)
     assert (ratio.metric, ratio.summary.value, ratio.summary.low, ratio.summary.high) == ("accuracy_ratio", 1, 1, 1)
     # what a probe may see is the label itself: then nothing is wrong
     marked = np.stack([labels * 20.0 - 10, np.ones(100)], axis=1)

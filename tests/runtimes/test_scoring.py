@@ -61,7 +61,9 @@ def tokens(tmp_path: Path):
 def test_tokens_equal_a_double_loop_over_scipy(tokens):
     folder, said, got, ids, lengths = tokens
     result = score(Table("text-generation", got), folder, batch_size=2)
-    wanted: dict[str, list] = {name: [] for name in ("kl", "top1", "top5", "logprob", "reference_logprob", "window")}
+    wanted: dict[str, list] = {
+        name: [] for name in ("kl", "top1", "top5", "logprob", "reference_logprob", "confidence", "right", "window")
+    }
     for window, length in enumerate(lengths):
         for place in range(length - 1):
             p = softmax(said[window, place].astype(np.float64))
@@ -71,12 +73,14 @@ def test_tokens_equal_a_double_loop_over_scipy(tokens):
             wanted["top5"].append(p.argmax() in np.argsort(-q)[:5])
             wanted["logprob"].append(math.log(q[ids[window, place + 1]]))
             wanted["reference_logprob"].append(math.log(p[ids[window, place + 1]]))
+            wanted["confidence"].append(max(q))
+            wanted["right"].append(q.argmax() == ids[window, place + 1])
             wanted["window"].append(window)
     assert set(result) == set(wanted)
-    for name in ("kl", "logprob", "reference_logprob"):
+    for name in ("kl", "logprob", "reference_logprob", "confidence"):
         assert result[name].dtype == np.float64
         np.testing.assert_allclose(result[name], wanted[name], rtol=1e-10, atol=1e-12)
-    for name in ("top1", "top5", "window"):
+    for name in ("top1", "top5", "right", "window"):
         np.testing.assert_array_equal(result[name], wanted[name])
     assert 0 < result["top1"].mean() < result["top5"].mean() <= 1  # the sample tells them apart
 
@@ -132,6 +136,8 @@ def test_nan_is_neither_hidden_nor_contagious(tokens):
     assert np.isnan(result["kl"][place])
     assert not result["top1"][place]
     assert not result["top5"][place]
+    assert not result["right"][place]
+    assert np.isnan(result["confidence"][place])
     keep = np.arange(len(result["kl"])) != place
     np.testing.assert_array_equal(result["kl"][keep], clean["kl"][keep])
 
