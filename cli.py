@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from . import __version__
 from .company import follows
@@ -124,14 +125,53 @@ def fetch(
         print(item.path)
 
 
-@app.command()
+class _Distil(TyperGroup):
+    """``edgestill distill RECIPE`` is short for ``edgestill distill student RECIPE``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put ``student`` first where no sub-command is named and something is."""
+        word = next((arg for arg in args if not arg.startswith("-")), None)
+        asks_for_help = bool({"-h", "--help"} & set(args))
+        if args and word not in self.commands and (word or not asks_for_help):
+            args = ["student", *args]
+        return list(super().parse_args(ctx, args))
+
+
+distilling = typer.Typer(
+    cls=_Distil, no_args_is_help=True, help="Make the student of a recipe, or compare losses: edgestill distill RECIPE."
+)
+app.add_typer(distilling, name="distill")
+
+
+@distilling.command("student")
 def distill(recipe: RecipeName, runs: Runs = Path("runs"), as_json: Json = False) -> None:
-    """Make the student of a recipe (the stages of `run` up to it)."""
+    """Make the student of a recipe (the stages of `run` up to it). The word `student` may be left out."""
 
     def work(observer: Observer) -> Any:
         from .pipeline import RunConfig, run_recipe
 
         return run_recipe(RunConfig(recipe=recipe, runs=runs, until="student"), observer)
+
+    _emit(_with_progress(work), as_json)
+
+
+@distilling.command("compare")
+def compare_losses(
+    recipe: RecipeName,
+    loss: Annotated[
+        str,
+        typer.Option(help="Losses with commas between: forward_kl,jsd:0.5; a sum: forward_kl=0.9+cross_entropy=0.1."),
+    ],
+    seeds: Annotated[int, typer.Option(help="Students for each loss; with 1 there is never a winner.")] = 3,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Teach the same student with each loss and several seeds, and say where one wins. Goes on where it stopped."""
+
+    def work(observer: Observer) -> Any:
+        from .loss_comparison import LossCompareConfig, compare_losses
+
+        return compare_losses(LossCompareConfig(recipe, tuple(loss.split(",")), seeds, runs), observer)
 
     _emit(_with_progress(work), as_json)
 

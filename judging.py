@@ -122,7 +122,7 @@ class Judge:
         self.folder.stage("references", {}, action, title="ask teacher and student", always=True)
         return made
 
-    def _question(self) -> dict[str, Any]:
+    def question(self) -> dict[str, Any]:
         """What all figures of accuracy depend on beside their subject."""
         bench = self.recipe.bench
         return {
@@ -180,7 +180,7 @@ class Judge:
 
         inputs = {
             "version": VERSIONS["verify"], "artifact": artifact.manifest.artifact_id, "source": source.model_id,
-            **self._question(),
+            **self.question(),
         }  # fmt: skip
         self.folder.stage(f"verify:{variant}", inputs, action, [result, rows], f"verify {variant}")
         return verdict_from_json(read_json(self.folder / result))
@@ -247,7 +247,7 @@ class Judge:
             write_measurements(self.folder / rows, measured)
             return {"note": ""}
 
-        inputs = {"version": VERSIONS["accuracy"], "model": model.model_id, **self._question()}
+        inputs = {"version": VERSIONS["accuracy"], "model": model.model_id, **self.question()}
         self.folder.stage(f"accuracy:{name}", inputs, action, [rows], f"accuracy of the {name}")
 
     # ---- labelled tasks ------------------------------------------------------------------------------------------
@@ -256,14 +256,14 @@ class Judge:
         """Accuracy on labelled data, of the torch models and of every artifact that passed."""
         if not self.data.tasks:
             return
-        references = self._task_references()
+        references = self.task_references()
         subjects = {name: (model.path, model.model_id) for name, model in self.subjects.torch().items()}
         subjects |= {config.variant: (a.path, a.manifest.artifact_id) for config, a in artifacts}
         reads = {config.variant: config.of for config, _ in artifacts}
         for name, (path, subject_id) in subjects.items():
             self._tasks(name, path, subject_id, references[self.asked(reads.get(name, name))])
 
-    def _task_references(self) -> dict[str, dict[str, Path]]:
+    def task_references(self) -> dict[str, dict[str, Path]]:
         """What the teacher says about each labelled set, on its own ids and on a trimmed student's."""
         from .bench.tasks import make_task_reference
 
@@ -317,7 +317,7 @@ class Judge:
 
         inputs = {
             "version": VERSIONS["tasks"], "subject": subject_id, "tasks": [task.sha256 for task in self.data.tasks],
-            **self._question(),
+            **self.question(),
         }  # fmt: skip
         self.folder.stage(f"tasks:{name}", inputs, action, [rows], f"labels with {name}")
 
@@ -356,7 +356,7 @@ class Judge:
 
         inputs = {
             "version": VERSIONS["speed"], "subjects": {subject.name: subject.subject_id for subject in subjects},
-            "bench": bench.model_dump(mode="json"), **self._question(),
+            "bench": bench.model_dump(mode="json"), **self.question(),
         }  # fmt: skip
         self.folder.stage("speed", inputs, action, ["work/speed.jsonl"], "measure speed and memory")
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,6 +37,7 @@ from .stages import Observer, RunFolder
 if TYPE_CHECKING:
     from .checkpoints import ModelFolder
     from .data import DataSets
+    from .distill import DistillResult
 
 __all__ = ["STAGES", "RunConfig", "rebuild_report", "run_recipe"]
 
@@ -109,7 +110,7 @@ class Run:
         if "export" in done:
             artifacts = self._export(teacher, student, data)
         if "verify" in done:
-            subjects = Subjects(teacher, student, self._cut(teacher, data))
+            subjects = Subjects(teacher, student, self.cut(teacher, data))
             judge = Judge(self.recipe, self.folder, subjects, data)
             passed = judge.verify(artifacts)
         if "bench" in done:
@@ -117,6 +118,10 @@ class Run:
             judge.tasks(passed)
             judge.speed(passed)
         return deliver(self.recipe, self.folder, self.problems, complete=last == STAGES[-1])
+
+    def prepare(self) -> tuple[ModelFolder, DataSets]:
+        """The first stages: teacher and text, ready to be used."""
+        return self._teacher(self._fetch()), self._data()
 
     # ---- stages ---------------------------------------------------------------------------------------------------
 
@@ -153,7 +158,7 @@ class Run:
         self.folder.stage("teacher", inputs, action, ["teacher"], "prepare the teacher")
         return open_model(self.folder / "teacher")
 
-    def _more_teachers(self) -> list[ModelFolder]:
+    def more_teachers(self) -> list[ModelFolder]:
         """Fetch and prepare ``[[distill.teacher]]``: ``teacher-2/``, ``teacher-3/`` and so on in the run folder."""
         from .checkpoints import open_model, prepare_model
         from .fetch import fetch
@@ -200,32 +205,44 @@ class Run:
 
     def _student(self, teacher: ModelFolder, data: DataSets) -> ModelFolder:
         from .checkpoints import open_model
-        from .distill import distill
 
         recipe = self.recipe
         if recipe.distill is None and recipe.student == type(recipe.student)():
             return teacher  # shipped as it is
-        others = self._more_teachers()
+        others = self.more_teachers()
 
         def action() -> Mapping[str, Any]:
-            result = together(distill)(
-                teacher.path, self.folder / "student", student=recipe.student, config=recipe.distill, data=data,
-                max_length=recipe.data.max_length, work=self.folder / "work/distill", progress=self.progress,
-                others=[other.path for other in others],
-            )  # fmt: skip
+            result = self.teach(
+                teacher, data, out=self.folder / "student", work=self.folder / "work/distill", others=others
+            )
             facts = {k: v for k, v in dataclasses.asdict(result).items() if k not in ("path", "curves")}
             atomic_write(self.folder / "work/curves.json", json.dumps(list(result.curves)))
             model = open_model(self.folder / "student")
             return {"note": describe(model), "model_id": model.model_id, "result": facts}
 
         self.folder.stage(
-            "student", {"version": VERSIONS["student"], "threads": self.threads, **self._student_inputs(teacher, data),
+            "student", {"version": VERSIONS["student"], "threads": self.threads, **self.student_inputs(teacher, data),
                         "others": [other.model_id for other in others]},
             action, ["student", "work/curves.json"], "distil the student" if recipe.distill else "cut the student",
         )  # fmt: skip
         return open_model(self.folder / "student")
 
-    def _student_inputs(self, teacher: ModelFolder, data: DataSets) -> dict[str, Any]:
+    def teach(
+        self, teacher: ModelFolder, data: DataSets, *, out: Path, work: Path, signal: Path | None = None,
+        others: Sequence[ModelFolder] = (),
+    ) -> DistillResult:
+        """The student of this recipe, as the model folder ``out``; see :func:`edgestill.distill.distill`."""
+        from .distill import distill
+
+        recipe = self.recipe
+        return together(distill)(
+            teacher.path, out, student=recipe.student, config=recipe.distill, data=data,
+            max_length=recipe.data.max_length, work=work, signal=signal, progress=self.progress,
+            others=[other.path for other in others],
+        )  # fmt: skip
+
+    def student_inputs(self, teacher: ModelFolder, data: DataSets) -> dict[str, Any]:
+        """Everything in this recipe that decides its student, JSON-able."""
         recipe = self.recipe
         return {
             "teacher": teacher.model_id,
@@ -242,7 +259,7 @@ class Run:
             return {}
         return {"vocabulary": hash_json([data.split("train"), data.split("calibration"), data.split("dev")])}
 
-    def _cut(self, teacher: ModelFolder, data: DataSets) -> ModelFolder | None:
+    def cut(self, teacher: ModelFolder, data: DataSets) -> ModelFolder | None:
         """The student before it learned anything: what shows that distillation was worth its time."""
         from .checkpoints import open_model
         from .distill import distill

@@ -47,12 +47,14 @@ def generate() -> dict[str, Mapping[str, Any]]:
     from .commands import BenchResult, ExportResult, VerifyResult
     from .delivery import RunResult
     from .doctor import DoctorReport
+    from .loss_comparison import LossComparison
     from .plan import Plan
     from .recipe import Recipe
 
     types: dict[str, Any] = {
         "recipe": Recipe, "artifact": Manifest, "measurement": Measurement, "verdict": Verdict, "run": RunResult,
         "plan": Plan, "export": ExportResult, "verify": VerifyResult, "bench": BenchResult, "doctor": DoctorReport,
+        "loss_comparison": LossComparison,
     }  # fmt: skip
     found: dict[str, Mapping[str, Any]] = {}
     for name, type_ in types.items():

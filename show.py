@@ -12,6 +12,7 @@ from .bench.records import Verdict
 from .commands import BenchResult, ExportResult, VerifyResult
 from .delivery import ArtifactResult, RunResult
 from .doctor import DoctorReport
+from .loss_comparison import LossComparison
 from .plan import Plan
 from .terminal import print_table, stderr
 
@@ -105,6 +106,39 @@ def _bench(result: BenchResult) -> None:
     reasons = dict.fromkeys(f"{row.subject}: {row.reason}" for row in result.measurements if row.reason)
     for reason in list(reasons)[:8]:
         stderr.print(f"— {reason}", style="dim", markup=False, soft_wrap=True)
+
+
+@show.register
+def _losses(result: LossComparison) -> None:
+    """A row a loss; of each metric the data sets one after the other, winners marked."""
+    won = {(w.metric, w.data): w.winner for w in result.winners}
+    baselines = result.baselines
+    columns = [(w.metric, w.data) for w in result.winners]
+    for first in range(0, len(columns), 4):  # what fits 80 columns
+        shown = columns[first : first + 4]
+        rows = [
+            [f"    {name}", *(_plain(figures.get(f"{metric}@{data}")) for metric, data in shown)]
+            for name, figures in baselines.items()
+        ]
+        for row in result.rows:
+            cells = []
+            for metric, data in shown:
+                found = row.metrics.get(f"{metric}@{data}")
+                mark = "★ " if won[metric, data] == row.loss else ""
+                spread = "" if found is None or found.sd is None else f" ± {found.sd:.2g}"
+                cells.append("—" if found is None else f"{mark}{_plain(found.mean)}{spread}")
+            rows.append([f"    {row.loss}", *cells])
+        print_table("", ("", *(_title(f"{metric}@{data}") for metric, data in shown)), rows)
+    count = len(result.seeds)
+    stderr.print(f"     mean ± sd over {count} seed{'s' * (count > 1)}; test split", style="dim")
+    for winner in result.winners:
+        who = f"★ {winner.winner}" if winner.winner else "no winner"
+        stderr.print(f"{winner.metric} on {winner.data}: {who} ({winner.reason})", markup=False, soft_wrap=True)
+    stderr.print(f"students: {result.folder}", markup=False, soft_wrap=True)
+
+
+def _plain(value: float | None) -> str:
+    return "—" if value is None else f"{value:.4g}"
 
 
 @show.register

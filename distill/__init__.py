@@ -30,15 +30,17 @@ def distill(
     data: DataSets,
     max_length: int,
     work: Path,
+    signal: Path | None = None,
     progress: Progress = silent,
     others: Sequence[Path] = (),
 ) -> DistillResult:
     """Cut a student from the model folder ``teacher``, train it on ``data`` and write the model folder ``out``.
 
     ``config=None``: only the cut. ``max_length`` in tokens (the model's own limit if that is lower). ``work`` holds
-    checkpoints and cached teacher vectors; it may be removed afterwards. ``others``: the folders of the further
-    teachers that ``config`` names, in its order. Besides the model, ``out`` gets ``distillation.json`` (what was done)
-    and ``training.jsonl`` (each step's raw loss components).
+    checkpoints and what the teacher said; it may be removed afterwards. ``signal``: another folder for what the teacher
+    said, which several students of one teacher share. ``others``: the folders of the further teachers that ``config``
+    names, in its order. Besides the model, ``out`` gets ``distillation.json`` (what was done) and ``training.jsonl``
+    (each step's raw loss components).
 
     Raises :class:`~edgestill.errors.RecipeError` (a loss that doesn't fit the task, layers that aren't there),
     :class:`~edgestill.errors.BadInput` (no text, a teacher that puts out NaN), and
@@ -49,13 +51,6 @@ def distill(
     except ModuleNotFoundError as missing:
         raise MissingDependency.package(missing.name or "torch", "distill") from None
     return run(
-        teacher,
-        out,
-        student=student,
-        config=config,
-        data=data,
-        max_length=max_length,
-        work=work,
-        progress=progress,
-        others=others,
-    )
+        teacher, out, student=student, config=config, data=data, max_length=max_length, work=work, signal=signal,
+        progress=progress, others=others,
+    )  # fmt: skip

@@ -149,6 +149,7 @@ def run(
     data: DataSets,
     max_length: int,
     work: Path,
+    signal: Path | None = None,
     progress: Progress = silent,
     others: Sequence[Path] = (),
 ) -> DistillResult:
@@ -174,7 +175,7 @@ def run(
         return done
     ranks.from_first(lambda: _claim(work, identity))
     with quiet(), limited_threads(config.threads), memory_errors(), trackers_write_into(work):
-        return _train(job, out, work, identity, progress)
+        return _train(job, out, work, signal or work, identity, progress)
 
 
 def _corrected(
@@ -243,7 +244,7 @@ def _labelled(folder: ModelFolder, data: DataSets) -> list[tuple[str, int]]:
     return found
 
 
-def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -> DistillResult:
+def _train(job: Job, out: Path, work: Path, signal: Path, identity: str, progress: Progress) -> DistillResult:
     began = time.monotonic()
     config, folder = job.config, job.teacher
     arguments = training_arguments(config, job.steps, work)
@@ -274,7 +275,7 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
         recompute_blocks(model)
     if objective.needs_teacher and not mapped and folder.task != "text-generation":
         with ranks.first_goes_ahead():
-            teacher.remember(job.train, work, progress)
+            teacher.remember(job.train, signal, progress)
 
     def measure() -> dict[str, float]:
         return ranks.from_first(lambda: _measure(model, judges))

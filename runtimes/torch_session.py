@@ -64,10 +64,8 @@ class TorchSession:
     def forward(self, ids: Ints, attention_mask: Ints) -> Floats:
         """See :meth:`Session.forward`; padding keeps the position of the last real token, and nothing attends to it."""
         model, torch = self._open(), self._torch
-        tokens, mask = (
-            torch.from_numpy(np.ascontiguousarray(ids)),
-            torch.from_numpy(np.ascontiguousarray(attention_mask)),
-        )
+        # Copied: a reference is mapped read-only, and torch wants what it could write to.
+        tokens, mask = (torch.from_numpy(np.array(given, order="C")) for given in (ids, attention_mask))
         with torch.inference_mode():
             if self._info.task == "text-generation":
                 positions = (mask.cumsum(dim=1) - 1).clamp(min=0)

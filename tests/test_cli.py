@@ -60,6 +60,12 @@ def test_help_needs_no_heavy_import() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_distill_has_two_faces(call: Any) -> None:
+    assert "compare" in call("distill", "--help").out
+    assert "--runs" in call("distill", "some.toml", "--help").out
+    assert "--seeds" in call("distill", "compare", "--help").out
+
+
 def test_version(call: Any) -> None:
     assert call("--version").out.startswith("edgestill 0.")
 
@@ -79,6 +85,13 @@ def test_version(call: Any) -> None:
         (["init", "nowhere"], "nowhere does not exist"),
         (["run", "minilm", "--until", "exprot"], "no stage 'exprot'"),
         (["fetch", "pypi:nonsense"], "malformed address"),
+        (["distill", "no-such-recipe"], "no recipe at no-such-recipe"),
+        (["distill", "student", "no-such-recipe"], "no recipe at no-such-recipe"),
+        (["distill", "--runs", "here"], "Missing argument"),
+        (["distill", "compare", "minilm"], "Missing option '--loss'"),
+        (["distill", "compare", "no-such-recipe", "--loss", "jsd"], "no recipe at no-such-recipe"),
+        (["distill", "compare", "minilm", "--loss", "forwrd_kl"], "did you mean 'forward_kl'?"),
+        (["distill", "compare", "minilm", "--loss", "jsd", "--seeds", "0"], "0 seeds"),
     ],
 )
 def test_bad_usage_is_one_line_with_a_hint(call: Any, arguments: list[str], words: str, tmp_path: Path,
