@@ -13,7 +13,7 @@ from .bench.gates import GateResult, gates_exit_code, judge
 from .bench.pick import HEADLINE
 from .bench.records import Check, Measurement, Verdict, write_measurements
 from .files import hash_bytes, read_json
-from .judging import read_all_measurements, read_verdicts
+from .judging import read_all_measurements, read_noise, read_verdicts
 from .recipe import Recipe
 from .recipe_text import dump_recipe
 from .stages import RunFolder
@@ -185,6 +185,7 @@ def _report(
         student=_model_facts("student", student, "the teacher") if student else None,
         data=_data_facts(recipe, records),
         distill=_distill_facts(recipe, folder) if student else None,
+        noise=read_noise(folder.path) if student else (),
         artifacts=made,
         stages=[
             StageFacts(name, record.seconds, "reused" if name in folder.skipped else "done")
@@ -234,5 +235,5 @@ def _distill_facts(recipe: Recipe, folder: RunFolder) -> DistillFacts | None:
         losses={name: weight for name, weight in recipe.distill.loss.items() if weight}, steps=result["steps"],
         seconds=result["seconds"], tokens_seen=result["tokens_seen"], keep=result["keep"],
         teacher_layers=result["teacher_layers"], dev_before=result["dev_before"], dev_after=result["dev_after"],
-        curve=curves,
+        curve=curves, cost=result.get("cost", {}),
     )  # fmt: skip

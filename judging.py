@@ -19,14 +19,17 @@ from .stages import RunFolder
 
 if TYPE_CHECKING:
     from .bench.fidelity import Estimate
+    from .bench.robustness import NoiseRow
     from .checkpoints import ModelFolder
     from .data import DataSets
     from .runtimes.session import SessionInfo
 
-__all__ = ["Judge", "Subjects", "read_all_measurements", "read_verdicts", "subject_names"]
+__all__ = ["Judge", "Subjects", "read_all_measurements", "read_noise", "read_verdicts", "subject_names"]
 
 # Raised by one when what a stage writes changes although its input does not.
-VERSIONS = {"verify": 2, "accuracy": 2, "tasks": 2, "speed": 1}
+VERSIONS = {"verify": 2, "accuracy": 2, "tasks": 2, "robustness": 1, "speed": 1}
+
+NOISE_FILE = "work/robustness.json"
 
 
 @dataclass(frozen=True)
@@ -321,6 +324,36 @@ class Judge:
         }  # fmt: skip
         self.folder.stage(f"tasks:{name}", inputs, action, [rows], f"labels with {name}")
 
+    # ---- perturbed text ------------------------------------------------------------------------------------------
+
+    def robustness(self) -> None:
+        """What noise in the text costs teacher and student (float models in torch); only where there is a student."""
+        from .bench.robustness import CLEAN, measure_robustness
+        from .checkpoints import load_tokenizer
+        from .runtimes.session import SessionOptions
+        from .runtimes.torch_session import TorchSession
+
+        bench, teacher = self.recipe.bench, self.subjects.teacher
+        models = {name: model for name, model in self.subjects.torch().items() if name != "untrained-cut"}
+        if "student" not in models:
+            return
+
+        def action() -> Mapping[str, Any]:
+            sessions = {name: TorchSession(model.path, SessionOptions(bench.threads)) for name, model in models.items()}
+            rows = measure_robustness(
+                sessions, load_tokenizer(teacher.path), self.texts, self.data.tasks,
+                max_length=min(self.recipe.data.max_length, *(model.max_length for model in models.values())),
+                window=bench.window, prefix=teacher.prompt_prefix, seed=bench.seed, progress=self.progress,
+            )  # fmt: skip
+            atomic_write(self.folder / NOISE_FILE, json.dumps([dataclasses.asdict(row) for row in rows]) + "\n")
+            return {"note": ", ".join(dict.fromkeys(row.noise for row in rows if row.noise != CLEAN))}
+
+        inputs = {
+            "version": VERSIONS["robustness"], "student": models["student"].model_id,
+            "tasks": [task.sha256 for task in self.data.tasks], **self.question(),
+        }  # fmt: skip
+        self.folder.stage("robustness", inputs, action, [NOISE_FILE], "teacher and student on noisy text")
+
     # ---- speed ---------------------------------------------------------------------------------------------------
 
     def speed(self, artifacts: Sequence[tuple[ExportConfig, Artifact]]) -> None:
@@ -373,6 +406,14 @@ def read_verdicts(folder: Path, recipe: Recipe) -> list[Verdict]:
     """The verdicts of a run, in the order of the recipe."""
     paths = [folder / "work/verdicts" / f"{name}.json" for name in subject_names(recipe)]
     return [verdict_from_json(read_json(path)) for path in paths if path.exists()]
+
+
+def read_noise(folder: Path) -> list[NoiseRow]:
+    """What perturbed text cost, where that was measured."""
+    from .bench.robustness import NoiseRow
+
+    path = folder / NOISE_FILE
+    return [NoiseRow(**row) for row in read_json(path)] if path.exists() else []
 
 
 def read_all_measurements(folder: Path, recipe: Recipe) -> list[Measurement]:

@@ -116,6 +116,7 @@ class Run:
         if "bench" in done:
             judge.accuracy()
             judge.tasks(passed)
+            judge.robustness()
             judge.speed(passed)
         return deliver(self.recipe, self.folder, self.problems, complete=last == STAGES[-1])
 

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 Array = npt.NDArray[Any]
+CURVE_EXAMPLES = 20  # fewer in a bin, and a curve is noise
 
 
 @dataclass(frozen=True)
@@ -159,10 +160,11 @@ def expected_calibration_error(
     """ECE of a first choice of which ``confidence [N]`` is the probability and ``right [N]`` whether it was true.
 
     15 bins of equal width; the interval resamples ``groups`` (documents). ``protocol["reliability"]`` is the curve to
-    draw, over bins of equal mass. See :mod:`edgestill.bench.calibration`. The samples are the confidences.
+    draw, over at most 15 bins of equal mass with 20 examples or more in each. See
+    :mod:`edgestill.bench.calibration`. The samples are the confidences.
     """
     sure, hit = np.asarray(confidence, np.float64), np.asarray(right, np.float64)
-    curve = reliability(sure, hit, scheme="equal_mass")
+    curve = reliability(sure, hit, bins=max(1, min(BINS, len(sure) // CURVE_EXAMPLES)), scheme="equal_mass")
     bins = assign_bins(sure)
 
     def error(drawn: Array) -> Array:

@@ -124,7 +124,8 @@ def _ask(
         said = open_reference(reference).said
         for name, session in sessions.items():
             own = name == teacher
-            scores = score(_Again(session, said) if own else session, reference)
+            asked: Any = _Again(session, said) if own else session
+            scores = score(asked, reference)
             if task == "text-generation":
                 estimates = (own_estimates if own else _to_teacher)(scores, documents=inputs.documents, seed=seed)
             else:

@@ -252,7 +252,7 @@ def _train(job: Job, out: Path, work: Path, signal: Path, identity: str, progres
     teacher = _teacher(job, arguments.device)
     if config.sequence is not None:
         with ranks.first_goes_ahead():
-            job = dataclasses.replace(job, train=_written(job, config.sequence, teacher, work, progress))
+            job = dataclasses.replace(job, train=_written(job, config.sequence, teacher, signal, progress))
     model = make_student(folder, job.plan).to(arguments.device)
     dev = job.dev if ranks.is_first() else Examples((), ())
     judged_by = {"": teacher}

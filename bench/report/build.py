@@ -15,6 +15,7 @@ from ..records import Measurement, Verdict
 from . import context
 from .card import markdown, usage
 from .facts import RunFacts
+from .student import calibration_plots, cost_rows, student_tables
 from .table import TORCH_SUBJECTS, heading, summary_table
 
 __all__ = ["ReportFiles", "build_report"]
@@ -73,6 +74,12 @@ def render(
         plots=_drawn(context.plots(run, measurements, judged, choice)),
         panels=_drawn(context.panels(run)),
         distilled=context.distilled(run),
+        card_tables=student_tables(run, measurements),
+        reliability=[
+            {"title": plot.title, "svg": _markup(plot.svg), "names": plot.names, "caption": plot.caption}
+            for plot in calibration_plots(run, measurements)
+        ],
+        cost=cost_rows(run),
         forms=forms,
         form_names=_FORM_NAMES,
         verdicts=judged,
@@ -90,6 +97,8 @@ def render(
         failed=[verdict for verdict in judged if not verdict.passed],
         shipped=[artifact for artifact in run.artifacts if not artifact.quarantined],
         distilled=context.distilled(run),
+        card_tables=student_tables(run, measurements),
+        cost=cost_rows(run),
         teacher=(run.teacher.name != run.baseline and run.teacher.name) or run.teacher.source or run.teacher.name,
         data=context.fact_groups(run, measurements)[1 if run.student is None else 2][1],
         usage=usage,

@@ -193,17 +193,23 @@ def _unit(metric: str) -> str:
 
 
 def panels(run: RunFacts) -> list[Plot]:
-    """One training curve a panel."""
+    """One training curve a panel, over the tokens that the student has seen (over steps, where nobody counted)."""
     if run.distill is None:
         return []
+    over = "tokens" if any(row.get("tokens") for row in run.distill.curve) else "step"
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in run.distill.curve:
-        for name, value in row.items():
+        dev = {f"dev {name}": value for name, value in (row.get("dev") or {}).items() if "teacher" not in name}
+        for name, value in {**row, **dev}.items():
             if name not in _NOT_CURVES and isinstance(value, (int, float)) and not isinstance(value, bool):
-                curves.setdefault(name, []).append((float(row.get("step", 0)), float(value)))
-    if len(curves) == 3 and "loss" in curves and len(run.distill.losses) == 1:
-        curves.pop("loss")  # it is the only component once more
-    charts = [Plot(name.replace("_", " "), line_panel({name: rows}, label=name)) for name, rows in curves.items()]
+                curves.setdefault(name, []).append((float(row.get(over, 0)), float(value)))
+    if len(run.distill.losses) == 1 and len(curves.keys() & run.distill.losses.keys()) == 1:
+        curves.pop("loss", None)  # it is the only component once more
+    curves = dict(sorted(curves.items(), key=lambda item: item[0].startswith("dev ")))  # dev metrics after the losses
+    charts = [
+        Plot(name.replace("_", " "), line_panel({name: rows}, label=name, x_title=over))
+        for name, rows in curves.items()
+    ]
     return [chart for chart in charts if chart.svg]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...artifact import Manifest, Task
+from ..robustness import NoiseRow
 
 __all__ = ["ArtifactFacts", "DataFacts", "DistillFacts", "ModelFacts", "RunFacts", "StageFacts"]
 
@@ -41,7 +42,8 @@ class DataFacts:
 @dataclass(frozen=True)
 class DistillFacts:
     """How the student was taught: weights of the ``losses``, the teacher layers it kept, what it was like on the dev
-    split before and after, and ``curve``, the rows of ``training.jsonl`` (``step`` and any numbers beside it)."""
+    split before and after, ``curve``, the rows of ``training.jsonl`` (``step`` and any numbers beside it), and
+    ``cost``, tokens by what was done with them (:class:`edgestill.distill.cost.Cost`)."""
 
     losses: Mapping[str, float]
     steps: int
@@ -52,6 +54,7 @@ class DistillFacts:
     dev_before: Mapping[str, float] = field(default_factory=dict)
     dev_after: Mapping[str, float] = field(default_factory=dict)
     curve: Sequence[Mapping[str, Any]] = ()
+    cost: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ class StageFacts:
 @dataclass(frozen=True)
 class RunFacts:
     """Everything that the pipeline hands over. ``student`` is ``None`` when the teacher is shipped as it is; ``date``
-    (ISO) is left out where bytes must repeat; ``problems`` are lines about artifacts that could not be made at all."""
+    (ISO) is left out where bytes must repeat; ``problems`` are lines about artifacts that could not be made at all;
+    ``noise`` is what perturbed text does to teacher and student."""
 
     name: str
     task: Task
@@ -95,6 +99,7 @@ class RunFacts:
     license: str | None = None
     data: Sequence[DataFacts] = ()
     distill: DistillFacts | None = None
+    noise: Sequence[NoiseRow] = ()
     stages: Sequence[StageFacts] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     seeds: Mapping[str, int] = field(default_factory=dict)

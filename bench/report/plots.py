@@ -9,7 +9,7 @@ from html import escape
 
 from ..pick import pareto_front
 
-__all__ = ["Axis", "Point", "line_panel", "scatter", "ticks"]
+__all__ = ["Axis", "Point", "line_panel", "reliability_chart", "scatter", "ticks"]
 
 _RIGHT, _TOP, _BOTTOM = 18, 16, 46  # margins of a scatter, in pixels; the left one fits its numbers
 _LETTER = 6.3  # width of a character of the 11 px label font, on average
@@ -149,6 +149,30 @@ def line_panel(values: Mapping[str, Sequence[tuple[float, float]]], *, label: st
         last = rows[-1]
         parts.append(f'<polyline class="line line-{index}" points="{path}"/>')
         parts.append(f'<circle class="end line-{index}" cx="{across(last[0]):.1f}" cy="{up(last[1]):.1f}" r="3"/>')
+    return "".join([*parts, "</svg>"])
+
+
+def reliability_chart(lines: Mapping[str, Sequence[tuple[float, float]]], *, label: str) -> str:
+    """Accuracy over confidence, both from 0 to 1, a line a model; on the dashed diagonal a model is as right as it is
+    sure, below it it is too sure of itself."""
+    if not any(lines.values()):
+        return ""
+    width, height, left, right = 320, 300, 44, 306
+    across, up = _Scale(0, 1, left, right), _Scale(0, 1, height - 40, 10)
+    parts = [_open(label, "chart panel", width, height)]
+    for tick in up.ticks:
+        row, column = up(tick), across(tick)
+        parts += [_line("grid", left, row, right, row), _text("tick", left - 6, row + 3.5, _number(tick), "end")]
+        parts += [_line("grid", column, 10, column, height - 40), _text("tick", column, height - 25, _number(tick))]
+    parts.append(f'<path class="front" d="M{across(0):.1f} {up(0):.1f}L{across(1):.1f} {up(1):.1f}"/>')
+    parts.append(_text("axis", (left + right) / 2, height - 6, "confidence"))
+    parts.append(f'<g transform="translate(12 {height / 2 - 15}) rotate(-90)">{_text("axis", 0, 0, "accuracy")}</g>')
+    for name, rows in lines.items():
+        kind = escape(name, quote=True)
+        path = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in rows)
+        parts.append(f'<g class="model {kind}"><title>{kind}</title><polyline class="line" points="{path}"/>')
+        parts += [f'<circle class="end" cx="{across(a):.1f}" cy="{up(b):.1f}" r="2.6"/>' for a, b in rows]
+        parts.append("</g>")
     return "".join([*parts, "</svg>"])
 
 

@@ -154,6 +154,7 @@ def test_ece_equals_a_plain_loop():
     estimate = expected_calibration_error(confidence, right)
     assert estimate.summary.value == pytest.approx(total)
     assert estimate.summary.low < estimate.summary.high
+    assert estimate.protocol["reliability"]["counts"] == (20,) * 10  # no bin of the curve has fewer than 20
     np.testing.assert_allclose(estimate.samples, confidence, rtol=1e-5)
 
 
