@@ -40,10 +40,10 @@ _SHOWN = ("kl", "top1_agreement", "spearman", "cosine", "perplexity", "next_toke
 class Sizes:
     """How much is looked at, per data set: texts of an encoder, predicted tokens of a decoder, labelled texts."""
 
-    texts: int = 128
+    texts: int = 100
     tokens: int = 512
-    train: int = 300
-    test: int = 200
+    train: int = 200
+    test: int = 150
 
 
 @dataclass(frozen=True)
@@ -201,12 +201,13 @@ def _labelled(
 
 def _outputs(session: Session, inputs: Inputs, batch_size: int = 8) -> Array:
     """What a session says of each row: logits ``[N, C]`` or embeddings ``[N, D]``."""
+    order = np.argsort(inputs.mask.sum(axis=1), kind="stable")  # like lengths together: little padding
     parts = []
-    for first in range(0, len(inputs.ids), batch_size):
-        mask = inputs.mask[first : first + batch_size]
-        longest = int(mask.sum(axis=1).max())
-        parts.append(session.forward(inputs.ids[first : first + batch_size, :longest], mask[:, :longest]))
-    return np.concatenate(parts)
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
+        longest = int(inputs.mask[rows].sum(axis=1).max())
+        parts.append(session.forward(inputs.ids[rows, :longest], inputs.mask[rows, :longest]))
+    return np.asarray(np.concatenate(parts)[np.argsort(order)])
 
 
 def _row(subject: str, noise: str, data: str, estimate: Estimate) -> NoiseRow:

@@ -156,7 +156,9 @@ def run(
     """See :func:`edgestill.distill.distill`."""
     original = folder = open_model(teacher)
     if config is not None and config.correct_teacher is not None:
-        folder = _corrected(folder, config, data, max_length, work / CORRECTED, progress)
+        # Where students share what the teacher says, those of one seed share the teacher that it was corrected to.
+        place = work / CORRECTED if signal is None else signal / f"{CORRECTED}-{config.seed}"
+        folder = _corrected(folder, config, data, max_length, place, progress)
     vocabulary = fit_vocabulary(folder, student.vocabulary, data)
     plan = plan_student(folder, student, vocabulary.keep)
     if config is None:
