@@ -328,7 +328,7 @@ class Judge:
 
     def robustness(self) -> None:
         """What noise in the text costs teacher and student (float models in torch); only where there is a student."""
-        from .bench.robustness import CLEAN, measure_robustness
+        from .bench.robustness import CLEAN, Renumbered, measure_robustness
         from .checkpoints import load_tokenizer
         from .runtimes.session import SessionOptions
         from .runtimes.torch_session import TorchSession
@@ -339,9 +339,13 @@ class Judge:
             return
 
         def action() -> Mapping[str, Any]:
-            sessions = {name: TorchSession(model.path, SessionOptions(bench.threads)) for name, model in models.items()}
+            sessions: dict[str, Any] = {
+                name: TorchSession(model.path, SessionOptions(bench.threads)) for name, model in models.items()
+            }
+            if self.columns is not None:
+                sessions["teacher"] = Renumbered(sessions["teacher"], self.columns)
             rows = measure_robustness(
-                sessions, load_tokenizer(teacher.path), self.texts, self.data.tasks,
+                sessions, load_tokenizer(models["student"].path), self.texts, self.data.tasks,
                 max_length=min(self.recipe.data.max_length, *(model.max_length for model in models.values())),
                 window=bench.window, prefix=teacher.prompt_prefix, seed=bench.seed, progress=self.progress,
             )  # fmt: skip

@@ -35,6 +35,7 @@ __all__ = [
     "inputs_of",
     "make_reference",
     "read_facts",
+    "renamed",
     "torch_forward",
     "vocabulary_columns",
     "window_texts",
@@ -116,7 +117,7 @@ def make_reference(
         )
     facts = {"key": key, "model_id": folder.model_id, "versions": _versions(), "extra": dict(extra or {})}
     with torch_forward(model, threads) as plain:
-        forward = plain if columns is None else _renamed(plain, columns, folder.task)
+        forward = plain if columns is None else renamed(plain, columns, folder.task)
         write_reference(out, folder.task, inputs, forward, facts=facts, batch_size=batch_size, progress=progress)
     return out
 
@@ -264,15 +265,15 @@ def window_texts(tokenizer: Any, texts: Sequence[str], *, window: int, limit: in
     return _pad([ids for _, _, ids in chosen], [document for document, _, _ in chosen], _padding(tokenizer), facts)
 
 
-def _renamed(forward: Forward, columns: Sequence[int], task: Task) -> Forward:
+def renamed(forward: Forward, columns: Sequence[int], task: Task) -> Forward:
     """``forward`` for the ids of a part of its vocabulary."""
     known = np.asarray(columns, dtype=np.int64)
 
-    def renamed(ids: Ints, mask: Ints) -> Floats:
+    def call(ids: Ints, mask: Ints) -> Floats:
         output = forward(known[ids], mask)
         return np.ascontiguousarray(output[..., known]) if task == "text-generation" else output
 
-    return renamed
+    return call
 
 
 class torch_forward:  # noqa: N801  (a context manager, used like a function)

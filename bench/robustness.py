@@ -8,6 +8,7 @@ clean one is not run again.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,16 +21,16 @@ import numpy.typing as npt
 from ..artifact import Task
 from ..progress import Progress, silent
 from ..runtimes.scoring import open_reference, score
-from ..runtimes.session import Session
+from ..runtimes.session import Session, SessionInfo
 from .fidelity import Estimate, fidelity, mean_estimate, own_estimates
 from .perturb import PERTURBATIONS, perturb
-from .reference import Inputs, encode_texts, window_texts, write_reference
+from .reference import Inputs, encode_texts, renamed, window_texts, write_reference
 from .tasks import first_choices
 
 if TYPE_CHECKING:
     from ..data import LabelledSet
 
-__all__ = ["CLEAN", "NoiseRow", "Sizes", "measure_robustness"]
+__all__ = ["CLEAN", "NoiseRow", "Renumbered", "Sizes", "measure_robustness"]
 
 Array = npt.NDArray[Any]
 CLEAN = "clean"
@@ -142,6 +143,20 @@ def _ask(
 
 def _to_teacher(scores: Mapping[str, Array], *, documents: Sequence[int], seed: int) -> list[Estimate]:
     return fidelity("text-generation", scores, documents=documents, seed=seed)
+
+
+class Renumbered:
+    """A teacher that reads, and says, the ids of a student with a trimmed vocabulary: ``columns[id]`` is its own id."""
+
+    def __init__(self, session: Session, columns: Sequence[int]) -> None:
+        info = session.info()
+        task: Task = info.task  # type: ignore[assignment]
+        self._info = dataclasses.replace(info, vocab_size=len(columns))
+        self.forward = renamed(session.forward, columns, task)
+
+    def info(self) -> SessionInfo:
+        """That of the teacher, with the student's vocabulary."""
+        return self._info
 
 
 class _Again:

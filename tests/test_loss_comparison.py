@@ -265,3 +265,16 @@ def test_sums_are_read_and_nonsense_in_them_is_refused() -> None:
     for bad in (["forward_kl=x"], ["forward_kl=0"], ["forward_kl=-1"], ["forward_kl=nan"], ["jsd+jsd:0.5"], [""], []):
         with pytest.raises(UsageError):
             parse_losses(bad)
+
+
+def test_students_with_a_trimmed_vocabulary_are_measured_on_their_own_ids(
+    tiny_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    path = recipe(tmp_path, tiny_llama, text, loss="forward_kl", steps=1)
+    path.write_text(path.read_text().replace("layers = 2", 'layers = 2\nvocabulary = "corpus"'))
+    result = compare_losses(LossCompareConfig(path, ("forward_kl",), 1, tmp_path / "runs"))
+    config = json.loads((tmp_path / "runs/tiny/losses/forward_kl/seed-7/student/config.json").read_text())
+    assert config["vocab_size"] < 320
+    assert result.rows[0].metrics["kl@words"].mean > 0
+    assert result.baselines["untrained-cut"]["kl@words"] > 0
+    assert result.baselines["teacher"]["perplexity@words"] > 1

@@ -10,7 +10,7 @@ import pytest
 
 from edgestill.bench.perturb import PERTURBATIONS, perturb
 from edgestill.bench.reference import encode_texts
-from edgestill.bench.robustness import NoiseRow, Sizes, measure_robustness
+from edgestill.bench.robustness import NoiseRow, Renumbered, Sizes, measure_robustness
 from edgestill.bench.tasks import fit_probe, predict_probe
 from edgestill.checkpoints import load_tokenizer, open_model
 from edgestill.data import LabelledSet
@@ -125,3 +125,12 @@ def test_same_seed_same_figures(tiny_bert: Path, sentences: list[str]) -> None:
     )
     assert first == second
     assert first != other
+
+
+def test_a_teacher_reads_the_ids_of_a_trimmed_student(tiny_llama: Path) -> None:
+    session = TorchSession(tiny_llama, SessionOptions(1))
+    columns = tuple(range(10, 60))
+    teacher = Renumbered(session, columns)
+    ids, mask = np.array([[0, 5, 49]]), np.ones((1, 3), np.int64)
+    assert teacher.info().vocab_size == 50
+    np.testing.assert_array_equal(teacher.forward(ids, mask), session.forward(ids + 10, mask)[..., 10:60])
