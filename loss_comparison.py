@@ -170,6 +170,7 @@ class _Comparison:
         self.data = data
         self.recipe: Recipe = run.recipe
         self.cut = run.cut(teacher, data)
+        self.others = run.more_teachers()
         self.judge = Judge(self.recipe, run.folder, Subjects(teacher, self.cut or teacher, self.cut), data)
 
     def of(self, losses: Mapping[str, Mapping[str, float]], seeds: int) -> LossComparison:

@@ -229,7 +229,13 @@ class Run:
         return open_model(self.folder / "student")
 
     def teach(
-        self, teacher: ModelFolder, data: DataSets, *, out: Path, work: Path, signal: Path | None = None,
+        self,
+        teacher: ModelFolder,
+        data: DataSets,
+        *,
+        out: Path,
+        work: Path,
+        signal: Path | None = None,
         others: Sequence[ModelFolder] = (),
     ) -> DistillResult:
         """The student of this recipe, as the model folder ``out``; see :func:`edgestill.distill.distill`."""

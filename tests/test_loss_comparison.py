@@ -271,7 +271,7 @@ def test_students_with_a_trimmed_vocabulary_are_measured_on_their_own_ids(
     tiny_llama: Path, text: Path, tmp_path: Path
 ) -> None:
     path = recipe(tmp_path, tiny_llama, text, loss="forward_kl", steps=1)
-    path.write_text(path.read_text().replace("layers = 2", 'layers = 2\nvocabulary = "corpus"'))
+    path.write_text(path.read_text().replace("layers = 2", "layers = 2\nvocabulary = 300"))
     result = compare_losses(LossCompareConfig(path, ("forward_kl",), 1, tmp_path / "runs"))
     config = json.loads((tmp_path / "runs/tiny/losses/forward_kl/seed-7/student/config.json").read_text())
     assert config["vocab_size"] < 320
