@@ -336,7 +336,7 @@ def test_a_copy_of_the_teacher_is_not_trimmed_by_accident(tiny_bert: Path, sente
 
 def test_the_figure_of_the_peers_measures_what_it_says(wordy: Path, texts: DataSets):
     """``vocab_trim`` on a tiny teacher: with all tokens kept nothing is lost, with fewer the rows count."""
-    path = Path(__file__).parents[1] / "peers/programs/vocab_trim.py"
+    path = Path(__file__).parents[1] / "peers/programs/vocab_trim_ours.py"
     module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("vocab_trim", path))  # type: ignore[arg-type]
     spec.loader.exec_module(module)  # type: ignore[union-attr]
     settings = {"positions": 100, "window": 24, "student_layers": 2}

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     load_groups()
     try:
-        subjects = select(options.names)
+        subjects = select(options.names, slow=options.slow)
         if options.list:
             _list(subjects)
             return 0
@@ -65,6 +65,9 @@ def _measure_all(subjects: Sequence[Subject], options: argparse.Namespace) -> in
 def measure(subject: Subject, context: Context) -> Row:
     """One row. What can't be had here or goes wrong is a row, too: the other figures are still taken."""
     one = subject.figure
+    if subject.left_out:
+        how = f"left out: it takes {one.slow}; name it, or pass --slow"
+        return Row(subject.name, None, one.unit, one.limit, None, how, one.sense, "left out")
     try:
         taken: Taken = one.measure(context, subject.variant)
     except Unavailable as reason:
@@ -104,7 +107,8 @@ def _list(subjects: Sequence[Subject]) -> None:
         limit = "" if one.limit is None else f"{_SIGNS[one.sense]} {one.limit:g} {one.unit}"
         stderr.print(f"{one.group:8} {one.id.ljust(width)}  {limit}", markup=False, soft_wrap=True)
         variants = f"; variants: {' '.join(one.variants)}" if one.variants else ""
-        stderr.print(Padding(f"[dim]{escape(f'{one.title}; beside: {one.peer}{variants}')}[/]", (0, 0, 0, 9)))
+        slow = f"; takes {one.slow}: --slow" if one.slow else ""
+        stderr.print(Padding(f"[dim]{escape(f'{one.title}; beside: {one.peer}{variants}{slow}')}[/]", (0, 0, 0, 9)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("names", nargs="*", metavar="NAME", help="a group, a figure or figure[variant]; default: all")
     parser.add_argument("--json", action="store_true", help="one JSON line a figure on stdout instead of the table")
     parser.add_argument("--list", action="store_true", help="list the figures and measure nothing")
+    parser.add_argument("--slow", action="store_true", help="take the figures that train real models, too (hours)")
     parser.add_argument("--tiny", action="store_true", help="tiny random models: tries the way, not the speed")
     parser.add_argument("--repeats", type=_positive, default=3, help="fresh processes behind each figure (default 3)")
     threads = min(2, usable_threads())

@@ -22,7 +22,7 @@ from edgestill.progress import Progress, silent
 
 from .registry import Unavailable
 
-__all__ = ["LLAMA_CPP_CONVERTER", "Environment", "Prepared", "prepare"]
+__all__ = ["LLAMA_CPP_CONVERTER", "SENTENCE_TRANSFORMERS", "TRL", "Environment", "Prepared", "prepare"]
 
 _STAMP = "stamp.txt"
 
@@ -54,6 +54,16 @@ LLAMA_CPP_CONVERTER = Environment(
     "llama-cpp-python==0.3.36",
     ("vendor/llama.cpp/convert_hf_to_gguf.py", "vendor/llama.cpp/conversion", "vendor/llama.cpp/gguf-py"),
 )  # fmt: skip
+
+# torch, transformers and accelerate as we lock them, so that only the trainer on top differs.
+_TRAINING = (
+    "torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "tokenizers==0.23.3", "safetensors==0.8.0",
+    "numpy==2.3.5", "datasets==5.2.0",
+)  # fmt: skip
+TRL = Environment("trl", ("trl==1.16.0", *_TRAINING))
+SENTENCE_TRANSFORMERS = Environment(
+    "sentence-transformers", ("sentence-transformers==6.2.0", *_TRAINING, "scikit-learn==1.9.1", "scipy==1.17.1")
+)
 
 
 def prepare(environment: Environment, progress: Progress = silent) -> Prepared:

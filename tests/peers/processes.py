@@ -17,12 +17,17 @@ from typing import Any, Self
 from edgestill.errors import EdgestillError
 from edgestill.runtimes.worker import thread_environment
 
-__all__ = ["PROGRAMS", "Launch", "PlainRuntime", "launch", "launch_measured"]
+__all__ = ["PROGRAMS", "Conversation", "Launch", "PlainRuntime", "launch", "launch_measured", "surroundings"]
 
 PROGRAMS = Path(__file__).resolve().parent / "programs"
 # Nobody asks a hub or tells a vendor anything while we measure.
 _QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
           "PYTHONDONTWRITEBYTECODE": ""}  # fmt: skip
+
+
+def surroundings(threads: int) -> dict[str, str]:
+    """Environment variables of a process that is measured."""
+    return {**os.environ, **_QUIET, **thread_environment(threads)}
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Launch:
 
 def launch(command: Sequence[str | Path], *, threads: int = 1, cwd: Path | None = None) -> Launch:
     """Run ``command`` once; :class:`EdgestillError` with the end of its output when it fails."""
-    environment = {**os.environ, **_QUIET, **thread_environment(threads)}
+    environment = surroundings(threads)
     with tempfile.TemporaryFile() as output:
         begin = time.perf_counter()
         process = subprocess.Popen(
@@ -67,20 +72,26 @@ def launch_measured(python: Path, script: Path, arguments: Sequence[str | Path],
     return Launch(taken.seconds, taken.cpu_seconds, peak)
 
 
-class PlainRuntime:
-    """A runtime called directly, in a process that knows nothing of edgestill (``programs/plain_*.py``)."""
+class Conversation:
+    """A program that answers JSON lines (``programs/lines.py``). ``ours`` says whether it may know edgestill."""
 
-    def __init__(self, program: str, model: Path, threads: int, task: str) -> None:
+    def __init__(
+        self, python: Path, program: str, arguments: Sequence[str | Path], threads: int, *, ours: bool = False
+    ) -> None:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._name = program
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(PROGRAMS / f"{program}.py"), str(model), str(threads), task],
+            [str(python), "-P", str(PROGRAMS / f"{program}.py"), *(str(part) for part in arguments)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True,
-            env={**os.environ, **_QUIET, **thread_environment(threads)},
+            env=surroundings(threads),
         )  # fmt: skip
-        hello = self._read()
-        if hello["edgestill"]:
-            raise EdgestillError(f"{program} imported edgestill: it is no independent peer", hint="see programs/")
+        try:
+            hello = self._read()
+            if hello["edgestill"] and not ours:
+                raise EdgestillError(f"{program} imported edgestill: it is no independent peer", hint="see programs/")
+        except BaseException:
+            self.close()
+            raise
         self.version = str(hello["version"])
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,9 +114,13 @@ class PlainRuntime:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the program (it ends with its input) and wait for it."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.close()  # the program ends with its input
+        self._process.stdin.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
@@ -113,6 +128,13 @@ class PlainRuntime:
             self._process.wait()
         self._process.stdout.close()
         self._stderr.close()
+
+
+class PlainRuntime(Conversation):
+    """A runtime called directly, in a process that knows nothing of edgestill (``programs/plain_*.py``)."""
+
+    def __init__(self, program: str, model: Path, threads: int, task: str) -> None:
+        super().__init__(Path(sys.executable), program, [model, str(threads), task], threads)
 
 
 def _failed(name: str, status: int, output: str) -> EdgestillError:

@@ -14,6 +14,7 @@ A name on the command line is a group (``decode``), a figure (``decode_speed_rat
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 import pkgutil
@@ -57,7 +58,10 @@ Measure = Callable[["Context", str], Taken]
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure, or one a variant. ``limit=None``: reported, not judged. ``environment`` is where its peer lives."""
+    """One figure, or one a variant. ``limit=None``: reported, not judged. ``environment`` is where its peer lives.
+
+    ``slow`` says what it takes ("an hour on two cores"): it is then only taken when it is named, or with ``--slow``.
+    """
 
     id: str
     group: str
@@ -69,14 +73,17 @@ class Figure:
     sense: Sense = "at_most"
     variants: tuple[str, ...] = ()
     environment: Environment | None = None
+    slow: str = ""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What one row is about: a figure and one of its variants (``""``: it has none)."""
+    """What one row is about: a figure and one of its variants (``""``: it has none). ``left_out``: too slow to be taken
+    unasked."""
 
     figure: Figure
     variant: str
+    left_out: bool = False
 
     @property
     def name(self) -> str:
@@ -95,7 +102,7 @@ class Row:
     holds: bool | None
     how: str
     sense: Sense = "at_most"
-    status: Literal["measured", "undecided", "unavailable", "failed"] = "measured"
+    status: Literal["measured", "undecided", "unavailable", "failed", "left out"] = "measured"
 
     def document(self) -> dict[str, object]:
         """The keys that a line of ``--json`` has."""
@@ -117,13 +124,16 @@ def figure(
     sense: Sense = "at_most",
     variants: Sequence[str] = (),
     environment: Environment | None = None,
+    slow: str = "",
 ) -> Callable[[Measure], Measure]:
     """Register the decorated function as the figure ``name``."""
 
     def register(measure: Measure) -> Measure:
         assert re.fullmatch(r"[a-z][a-z0-9_]*", name), name
         assert name not in FIGURES, f"two figures are called {name}"
-        FIGURES[name] = Figure(name, group, title, unit, measure, peer, limit, sense, tuple(variants), environment)
+        FIGURES[name] = Figure(
+            name, group, title, unit, measure, peer, limit, sense, tuple(variants), environment, slow
+        )
         return measure
 
     return register
@@ -137,13 +147,19 @@ def load_groups() -> None:
         importlib.import_module(f"{groups.__name__}.{info.name}")
 
 
-def select(names: Sequence[str], figures: Iterable[Figure] | None = None) -> list[Subject]:
+def select(names: Sequence[str], figures: Iterable[Figure] | None = None, *, slow: bool = False) -> list[Subject]:
     """What ``names`` mean (all figures when there is none), in the order of registration, each once.
 
+    Figures that are slow are left out, and say so, unless they are named themselves or ``slow`` asks for them.
     Raises :class:`UsageError` with the nearest name for an unknown one.
     """
     known = list(FIGURES.values() if figures is None else figures)
     everything = list(_subjects(known))
+    asked = set(names)
+    everything = [
+        dataclasses.replace(s, left_out=bool(s.figure.slow) and not slow and not {s.name, s.figure.id} & asked)
+        for s in everything
+    ]  # fmt: skip
     if not names:
         return everything
     words = {
@@ -152,7 +168,7 @@ def select(names: Sequence[str], figures: Iterable[Figure] | None = None) -> lis
     for name in names:
         if name not in words:
             raise UsageError(f"no figure or group {name!r}", hint=f"{nearest(name, sorted(words))}; --list shows all")
-    return [s for s in everything if {s.name, s.figure.id, s.figure.group} & set(names)]
+    return [s for s in everything if {s.name, s.figure.id, s.figure.group} & asked]
 
 
 def _subjects(figures: Iterable[Figure]) -> Iterator[Subject]:

@@ -1,4 +1,4 @@
-"""``vocab_trim.py SPEC.json``: what trimming a decoder's vocabulary to one domain removes, and what it keeps.
+"""``vocab_trim_ours.py SPEC.json``: what trimming a decoder's vocabulary to one domain removes, and what it keeps.
 
 SPEC: ``teacher`` (model folder), ``train`` and ``held_out`` texts, ``size`` (tokens to keep), ``positions`` (how many
 predictions to compare at least), ``window`` (tokens of a text at most), ``student_layers``. Prints one JSON line.
