@@ -144,10 +144,21 @@ app.add_typer(distilling, name="distill")
 
 
 @distilling.command("student")
-def distill(recipe: RecipeName, runs: Runs = Path("runs"), as_json: Json = False) -> None:
+def distill(
+    recipe: RecipeName,
+    runs: Runs = Path("runs"),
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show the student that would be made, and what it costs. Trains nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Make the student of a recipe (the stages of `run` up to it). The word `student` may be left out."""
 
     def work(observer: Observer) -> Any:
+        if plan:
+            from .distillation import plan_distillation
+
+            return plan_distillation(recipe, observer)
         from .pipeline import RunConfig, run_recipe
 
         return run_recipe(RunConfig(recipe=recipe, runs=runs, until="student"), observer)

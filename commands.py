@@ -109,7 +109,7 @@ def fetch_all(name: str, sha256: str | None, observer: Observer) -> list[Fetched
     path = find_recipe(name)
     recipe = load_recipe(path)
     further = recipe.distill.teacher if recipe.distill else ()
-    sources = [recipe.teacher, *further, *recipe.data.text, *recipe.data.task]
+    sources = [recipe.teacher, *further, *recipe.student.sources, *recipe.data.text, *recipe.data.task]
     found = []
     for source in {source.source: source for source in sources}.values():
         observer.started(source.source, source.source)

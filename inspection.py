@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .artifact import Pooling, Task
-from .checkpoints import find_architecture, positions, read_config
+from .checkpoints import ARCHITECTURES, Architecture, find_architecture, positions, read_config
 from .errors import BadInput
 from .model_import import find_weights, gguf_inside, infer_task, license_of, read_source_facts, spdx
 
-__all__ = ["Inspection", "inspect_model"]
+__all__ = ["Inspection", "Widths", "inspect_model"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,46 @@ class Inspection:
     size_bytes: int
     license: str | None = None
     pooling: Pooling | None = None
+    widths: Widths | None = None
 
-    def student_parameters(self, layers: int) -> int:
-        """Parameters when only ``layers`` of its layers are kept; the rest (embeddings, heads) stays."""
+    def student_parameters(
+        self, layers: int, *, ffn: float | None = None, heads: int | None = None, kv_heads: int | None = None
+    ) -> int:
+        """Parameters when only ``layers`` of its layers are kept, with ``ffn`` neurons (1 or less: that share) and so
+        many ``heads`` over ``kv_heads`` groups; the rest (embeddings, norms, output) stays."""
         per_layer = (self.parameters - self.embedding) / self.layers
+        if self.widths is not None:
+            per_layer -= self.widths.saved(ffn, heads, kv_heads)
         return self.embedding + round(per_layer * layers)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Sizes of a layer: ``ffn`` neurons of ``neuron`` parameters each, ``heads`` over ``kv_heads`` groups, each of them
+    with two matrices of ``head`` parameters (biases left out)."""
+
+    ffn: int
+    neuron: int
+    heads: int
+    kv_heads: int
+    head: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], row: Architecture) -> Widths:
+        """What a config says."""
+        hidden, heads = int(config[row.hidden_key]), int(config[row.heads_key])
+        size = int(config.get("head_dim") or hidden // heads)
+        matrices = 3 if row.family == "decoder" else 2  # those of a gated FFN, of a plain one
+        groups = int(config.get("num_key_value_heads") or heads)
+        return cls(int(config[row.ffn_key]), matrices * hidden, heads, groups, hidden * size)
+
+    def saved(self, ffn: float | None, heads: int | None, kv_heads: int | None) -> float:
+        """Parameters of a layer that a narrower one does not have."""
+        each = self.heads // self.kv_heads
+        groups = kv_heads or (heads if each == 1 and heads else self.kv_heads)
+        neurons = self.ffn if ffn is None else self.ffn * ffn if ffn <= 1 else ffn
+        gone = 2 * (self.heads - (heads or groups * each)) + 2 * (self.kv_heads - groups)
+        return (self.ffn - neurons) * self.neuron + gone * self.head
 
 
 def inspect_model(source: Path, *, task: str | None = None) -> Inspection:
@@ -61,7 +98,7 @@ def inspect_model(source: Path, *, task: str | None = None) -> Inspection:
     return Inspection(
         source, config["model_type"], chosen, config[row.layers_key], config[row.hidden_key], config["vocab_size"],  # type: ignore[arg-type]
         min(facts.max_length or 1 << 30, positions(config, row)), parameters, embedding, size,
-        facts.license or license_of(source, config), pooling,
+        facts.license or license_of(source, config), pooling, Widths.of(config, row),
     )  # fmt: skip
 
 
@@ -77,5 +114,5 @@ def _inspect_gguf(path: Path) -> Inspection:
         config["vocab_size"], config["max_position_embeddings"],
         sum(math.prod(int(size) for size in tensor.shape) for tensor in opened.tensors.values()),
         config["vocab_size"] * config["hidden_size"], path.stat().st_size,
-        spdx(stated) if isinstance(stated, str) else None,
+        spdx(stated) if isinstance(stated, str) else None, None, Widths.of(config, ARCHITECTURES[config["model_type"]]),
     )  # fmt: skip

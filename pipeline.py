@@ -27,6 +27,7 @@ from .bench.environment import usable_threads
 from .bench.metrics import find_metric
 from .company import company, together
 from .delivery import RunResult, deliver
+from .distillation import latency_cost, make_start
 from .errors import EdgestillError, MissingDependency, ResourceExhausted, UsageError, nearest
 from .files import atomic_write, hash_json
 from .judging import Judge, Subjects
@@ -212,6 +213,8 @@ class Run:
             return teacher  # shipped as it is
         others = self.more_teachers()
 
+        self._start(teacher)
+
         def action() -> Mapping[str, Any]:
             result = self.teach(
                 teacher, data, out=self.folder / "student", work=self.folder / "work/distill", others=others
@@ -239,13 +242,18 @@ class Run:
         others: Sequence[ModelFolder] = (),
     ) -> DistillResult:
         """The student of this recipe, as the model folder ``out``; see :func:`edgestill.distill.distill`."""
+        from .checkpoints import open_model
         from .distill import distill
 
-        recipe = self.recipe
+        recipe, target = self.recipe, self.recipe.student.target
+        start = self.folder / "work/start" if recipe.student.config or recipe.student.source else None
+        cost = None
+        if target is not None and target.latency_ms is not None:
+            cost = latency_cost(open_model(start) if start else teacher, recipe.bench.threads, recipe.bench.length)
         return together(distill)(
             teacher.path, out, student=recipe.student, config=recipe.distill, data=data,
-            max_length=recipe.data.max_length, work=work, signal=signal, progress=self.progress,
-            others=[other.path for other in others],
+            max_length=recipe.data.max_length, work=work, signal=signal, start=start, cost=cost,
+            progress=self.progress, others=[other.path for other in others],
         )  # fmt: skip
 
     def student_inputs(self, teacher: ModelFolder, data: DataSets) -> dict[str, Any]:
@@ -257,14 +265,45 @@ class Run:
             "distill": recipe.distill.model_dump(mode="json") if recipe.distill else None,
             "max_length": recipe.data.max_length,
             "text": hash_json([data.split("train"), data.split("dev")]) if recipe.distill else None,
-            **self._vocabulary_inputs(data),
+            **self._shape_inputs(data),
         }
 
-    def _vocabulary_inputs(self, data: DataSets) -> dict[str, Any]:
-        """The text that a trimmed vocabulary is chosen by."""
-        if self.recipe.student.vocabulary is None:
-            return {}
-        return {"vocabulary": hash_json([data.split("train"), data.split("calibration"), data.split("dev")])}
+    def _shape_inputs(self, data: DataSets) -> dict[str, Any]:
+        """What else decides a student that is more than layers of the teacher."""
+        recipe, inputs = self.recipe, {}
+        if "start" in self.folder.records() and (recipe.student.config or recipe.student.source):
+            inputs["start"] = self.folder.records()["start"].facts["model_id"]
+        if recipe.student.needs_text:
+            inputs["importance"] = hash_json(data.split("calibration") or data.split("train"))
+        if recipe.student.target is not None and recipe.student.target.latency_ms is not None:
+            inputs["timed"] = [recipe.bench.threads, recipe.bench.length]
+        if recipe.student.vocabulary is not None:  # the text that a trimmed vocabulary is chosen by
+            inputs["vocabulary"] = hash_json([data.split("train"), data.split("calibration"), data.split("dev")])
+        return inputs
+
+    def _start(self, teacher: ModelFolder) -> Path | None:
+        """The model that the student is cut from, when it is not the teacher."""
+        from .checkpoints import open_model
+
+        student = self.recipe.student
+        if student.config is None and student.source is None:
+            return None
+        place = self.folder / "work/start"
+        inputs: dict[str, Any] = {"teacher": teacher.model_id, "seed": student.seed, "sha256": student.sha256}
+        if student.config is not None:
+            from .distill.fresh import read_shape
+
+            inputs["config"] = read_shape(self.base / student.config, teacher)
+        else:
+            inputs["source"] = student.source
+
+        def action() -> Mapping[str, Any]:
+            make_start(self.recipe, teacher, self.base, place, self.folder.observer)
+            model = open_model(place)
+            return {"note": describe(model), "model_id": model.model_id}
+
+        self.folder.stage("start", inputs, action, ["work/start"], "prepare what the student starts from")
+        return place
 
     def cut(self, teacher: ModelFolder, data: DataSets) -> ModelFolder | None:
         """The student before it learned anything: what shows that distillation was worth its time."""
@@ -275,15 +314,20 @@ class Run:
         if recipe.distill is None or recipe.student == type(recipe.student)():
             return None
 
+        start = self._start(teacher)
+
         def action() -> Mapping[str, Any]:
+            work, plan = self.folder / "work/cut-distill", self.folder / "work/distill/plan.json"
+            if plan.is_file():  # the very same parts, measured once
+                atomic_write(work / "plan.json", plan.read_text(encoding="utf-8"))
             distill(
                 teacher.path, self.folder / "work/cut", student=recipe.student, config=None, data=data,
-                max_length=recipe.data.max_length, work=self.folder / "work/cut-distill", progress=self.progress,
+                max_length=recipe.data.max_length, work=work, start=start, progress=self.progress,
             )  # fmt: skip
             return {"note": "the student before training, for comparison"}
 
         inputs = {"version": VERSIONS["student"], "teacher": teacher.model_id,
-                  "student": recipe.student.model_dump(mode="json"), **self._vocabulary_inputs(data)}  # fmt: skip
+                  "student": recipe.student.model_dump(mode="json"), **self._shape_inputs(data)}  # fmt: skip
         self.folder.stage("cut", inputs, action, ["work/cut"], "cut an untrained student")
         return open_model(self.folder / "work/cut")
 

@@ -166,9 +166,9 @@ class _Draft:
         """Look for every source; returns what has to be downloaded."""
         missing = []
         recipe = self.recipe
-        for source in dict.fromkeys(
-            s.source for s in (recipe.teacher, *self._further(), *recipe.data.text, *recipe.data.task)
-        ):
+        student = recipe.student.sources
+        sources = (recipe.teacher, *self._further(), *student, *recipe.data.text, *recipe.data.task)
+        for source in dict.fromkeys(s.source for s in sources):
             with self._collecting():
                 if find_cached(source, base=self.base) is None:
                     missing.append(source)
@@ -209,12 +209,17 @@ class _Draft:
             facts[f"teacher {number} is"] = (
                 f"{other.architecture}, {other.layers} layers, {other.parameters / 1e6:.1f} M parameters"
             )
-        kept = self._kept()
-        if kept is not None:
-            size = model.student_parameters(kept)
-            facts["student"] = f"{kept} layers, {size / 1e6:.1f} M parameters ({size / model.parameters:.0%})"
-            if kept > model.layers:
-                self._add(f"[student] keeps {kept} layers, the teacher has {model.layers}", "keep fewer")
+        student, kept = recipe.student, self._kept()
+        size = self._parameters()[1]
+        about = f"{size / 1e6:.1f} M parameters ({size / model.parameters:.0%})"
+        if student.config or student.source:
+            facts["student"] = f"starts from {student.config or student.source}; `edgestill distill --plan` shows it"
+        elif student.target is not None and student.target.latency_ms is not None:
+            facts["student"] = f"planned to {student.target.latency_ms:g} ms; `edgestill distill --plan` measures it"
+        elif student.cuts:
+            facts["student"] = about if kept is None else f"{kept} layers, {about}"
+        if kept is not None and kept > model.layers:
+            self._add(f"[student] keeps {kept} layers, the teacher has {model.layers}", "keep fewer")
         return facts
 
     def _kept(self) -> int | None:
@@ -222,10 +227,16 @@ class _Draft:
         return len(student.keep) if student.keep is not None else student.layers
 
     def _parameters(self) -> tuple[int, int]:
-        """Of teacher and student."""
+        """Of teacher and student; of one whose size is only known when it is planned, the teacher's."""
         assert self.model is not None
-        kept = self._kept()
-        return self.model.parameters, self.model.student_parameters(kept) if kept else self.model.parameters
+        model, student = self.model, self.recipe.student
+        size = model.student_parameters(
+            self._kept() or model.layers, ffn=student.ffn, heads=student.heads, kv_heads=student.kv_heads
+        )
+        if student.target is not None:
+            limit = student.target.most_parameters(model.parameters)
+            size = size if limit is None else min(size, limit)
+        return model.parameters, size
 
     def _variants(self) -> tuple[PlanVariant, ...]:
         rows = []

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_va
 from .errors import BadInput, RecipeError, nearest
 from .loss_names import LOSS_NAMES, parse_loss
 from .recipe_base import Positive, PositiveFloat, Source, Strict, TeacherConfig, Weight
+from .recipe_student import StudentConfig
 from .recipe_teaching import ExtraTeacherConfig, OnPolicyConfig, SequenceConfig
 from .recipe_training import CorrectionConfig, LoraConfig
 
@@ -60,38 +61,6 @@ QUANTISATIONS: dict[str, tuple[str, ...]] = {
     "gguf": ("f32", "f16", "q8_0", "q4_k_m", "q4_0"),
     "coreml": ("fp16", "int8"),
 }
-
-
-class StudentConfig(Strict):
-    """`[student]`: which part of the teacher the student starts from."""
-
-    layers: Positive | None = None
-    """how many layers to keep, spread evenly, the first and the last always kept."""
-    keep: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """exactly these layers, counted from 0 (instead of `layers`)."""
-    vocabulary: Positive | Annotated[float, Field(gt=0, lt=1, strict=True)] | Literal["corpus"] | None = None
-    """how many of the teacher's tokens to keep, by how often they occur in the train and calibration text: a number, a
-    share below 1, or `corpus` for all that occur. Special tokens and the alphabet always stay; the number is rounded up
-    to a multiple of 64."""
-
-    @field_validator("vocabulary", mode="before")
-    @classmethod
-    def _known_vocabulary(cls, value: object) -> object:
-        fits = (
-            value is None or value == "corpus"
-            or (type(value) is int and value > 0) or (type(value) is float and 0 < value < 1)
-        )  # fmt: skip
-        if not fits:
-            raise ValueError(f"{value!r} is no number of tokens, no share between 0 and 1, and not `corpus`")
-        return value
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Self:
-        if self.layers is not None and self.keep is not None:
-            raise ValueError("give either `layers` or `keep`, not both")
-        if self.keep is not None and list(self.keep) != sorted(set(self.keep)):
-            raise ValueError("`keep` must be ascending, without repeats")
-        return self
 
 
 class TextConfig(Source):
@@ -359,6 +328,8 @@ class Recipe(Strict):
             raise ValueError(f"two [[export]] entries write the artifact {twice[0]!r}; give one of them a `name`")
         if self.distill is not None and not any(text.train for text in self.data.text):
             raise ValueError("[distill] needs text to learn from: set `train` in a [[data.text]]")
+        if self.distill is None and self.student.steps > 1:
+            raise ValueError("[student] steps prunes and distils in rounds: add a [distill]")
         return self
 
 

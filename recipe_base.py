@@ -6,7 +6,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["NotNegative", "Positive", "PositiveFloat", "Share", "Source", "Strict", "TeacherConfig", "Weight"]
+__all__ = [
+    "NotNegative", "Positive", "PositiveFloat", "Sha256", "Share", "Source", "Strict", "TeacherConfig", "Weight",
+]  # fmt: skip
 
 Positive = Annotated[int, Field(gt=0, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, strict=True)]

@@ -46,6 +46,7 @@ def generate() -> dict[str, Mapping[str, Any]]:
     from .bench.records import Measurement, Verdict
     from .commands import BenchResult, ExportResult, VerifyResult
     from .delivery import RunResult
+    from .distillation import DistillPlan
     from .doctor import DoctorReport
     from .loss_comparison import LossComparison
     from .plan import Plan
@@ -54,7 +55,7 @@ def generate() -> dict[str, Mapping[str, Any]]:
     types: dict[str, Any] = {
         "recipe": Recipe, "artifact": Manifest, "measurement": Measurement, "verdict": Verdict, "run": RunResult,
         "plan": Plan, "export": ExportResult, "verify": VerifyResult, "bench": BenchResult, "doctor": DoctorReport,
-        "loss_comparison": LossComparison,
+        "loss_comparison": LossComparison, "distill-plan": DistillPlan,
     }  # fmt: skip
     found: dict[str, Mapping[str, Any]] = {}
     for name, type_ in types.items():
@@ -67,12 +68,13 @@ def generate() -> dict[str, Mapping[str, Any]]:
 
 def recipe_reference() -> str:
     """``docs/recipe.md``: every section with every key, its type, default and meaning."""
-    from . import recipe, recipe_teaching, recipe_training
+    from . import recipe, recipe_student, recipe_teaching, recipe_training
 
     variants = ", ".join(f"`{form}:{name}`" for form, names in recipe.QUANTISATIONS.items() for name in names)
     parts = [_INTRO.format(variants=variants), _section("At the top", recipe.Recipe)]
     sections = {
-        "`[teacher]`": recipe.TeacherConfig, "`[student]`": recipe.StudentConfig, "`[data]`": recipe.DataConfig,
+        "`[teacher]`": recipe.TeacherConfig, "`[student]`": recipe.StudentConfig,
+        "`[student.target]`": recipe_student.TargetConfig, "`[data]`": recipe.DataConfig,
         "`[[data.text]]`": recipe.TextConfig, "`[[data.task]]`": recipe.TaskConfig,
         "`[distill]`": recipe.DistillConfig, "`[distill.on_policy]`": recipe_teaching.OnPolicyConfig,
         "`[distill.sequence]`": recipe_teaching.SequenceConfig,

@@ -11,6 +11,7 @@ from .bench.metrics import METRICS
 from .bench.records import Verdict
 from .commands import BenchResult, ExportResult, VerifyResult
 from .delivery import ArtifactResult, RunResult
+from .distillation import DistillPlan
 from .doctor import DoctorReport
 from .loss_comparison import LossComparison
 from .plan import Plan
@@ -72,6 +73,42 @@ def _plan(result: Plan) -> None:
             stderr.print(f"  {problem.hint}", style="dim", markup=False, soft_wrap=True)
     if not result.problems:
         stderr.print("nothing is missing", style="green")
+
+
+@show.register
+def _distill_plan(result: DistillPlan) -> None:
+    sides = [("teacher", result.teacher), ("starts from", result.start), ("student", result.student)]
+    known = [(name, side) for name, side in sides if side is not None]
+    rows = [("layers", *(str(side.layers) for _, side in known))]
+    rows += [
+        (title, *(f"{getattr(side, key):,}" for _, side in known))
+        for key, title in (("ffn", "FFN neurons"), ("heads", "query heads"), ("kv_heads", "key-value groups"),
+                           ("vocab_size", "tokens"), ("parameters", "parameters"))
+    ]  # fmt: skip
+    rows += [
+        (f"  {group}", *(f"{side.parameters_by_group[group]:,}" for _, side in known))
+        for group in result.student.parameters_by_group
+    ]
+    rows += [
+        (f"size at {name}", *(_bytes(side.bytes[name]) for _, side in known)) for name in result.student.bytes
+    ]  # fmt: skip
+    rows.append(("operations a token", *(f"{side.flops_per_token / 1e6:,.1f} M" for _, side in known)))
+    print_table(result.recipe, ("", *(name for name, _ in known)), rows)
+    measure = (result.layer_measure or "not measured").replace("_", " ")
+    rows = [
+        (str(layer.index), "kept" if layer.kept else "—", "" if layer.importance is None else f"{layer.importance:.4g}")
+        for layer in result.layers
+    ]
+    print_table(f"layers, by {measure} on {result.measured_tokens:,} tokens", ("", "", "importance"), rows)
+    if result.rounds > 1:
+        stderr.print(f"in {result.rounds} rounds of pruning and distilling", markup=False)
+    if result.cost is not None:
+        cost = result.cost
+        stderr.print(
+            f"training: {cost.optimiser_steps:,} steps, {cost.student_tokens:,} tokens through the student, "
+            f"{cost.teacher_tokens:,} through the teacher, {cost.flops:.2g} operations",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 @show.register

@@ -21,7 +21,7 @@ from .checkpoints import (
     ModelFolder,
     open_model,
 )
-from .errors import BadInput, MissingDependency
+from .errors import BadInput, MissingDependency, ResourceExhausted
 from .files import atomic_directory
 
 try:
@@ -32,7 +32,10 @@ try:
 except ModuleNotFoundError as missing:
     raise MissingDependency.package(missing.name or "torch", "distill") from None
 
-__all__ = ["SentenceEncoder", "load_tokenizer", "load_torch", "model_class", "quiet", "save_model", "write_folder"]
+__all__ = [
+    "SentenceEncoder", "load_tokenizer", "load_torch", "model_class", "new_model", "quiet", "save_model",
+    "write_folder",
+]  # fmt: skip
 
 # What a config or tokenizer_config must not carry on: where it lay, who wrote it, code to run.
 _LOCAL_CONFIG_KEYS = ("_name_or_path", "name_or_path", "transformers_version", "auto_map", "_commit_hash")
@@ -150,6 +153,24 @@ def build_model(config: dict[str, Any], state: dict[str, Tensor], task: Task, wh
         )  # fmt: skip
     check_loaded(info, where)
     return model.eval()
+
+
+def new_model(config: dict[str, Any], task: Task, seed: int, where: Path) -> Any:
+    """The Transformers model of ``config`` with random weights drawn with ``seed`` (fp32, ``eval()``).
+
+    Raises :class:`BadInput` for a config that makes no model and :class:`ResourceExhausted` for one that is too big.
+    """
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        typed = _typed_config(config, where)
+        try:
+            model = _class_for(typed, task)(typed, **extra_arguments(config["model_type"], task))
+        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ZeroDivisionError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if "allocate memory" in reason or "out of memory" in reason:
+                raise ResourceExhausted(f"{where}: not enough memory for this shape", hint="make it smaller") from None
+            raise BadInput(f"{where}: it makes no model: {reason}", hint="check its sizes") from None
+    return model.float().eval()
 
 
 def check_allocation(config: dict[str, Any], task: Task, stored: int, where: Path) -> None:

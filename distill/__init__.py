@@ -17,6 +17,7 @@ from .result import DistillResult
 
 if TYPE_CHECKING:
     from ..data import DataSets
+    from .planning import PlanCost
 
 __all__ = ["DistillResult", "distill"]
 
@@ -31,16 +32,19 @@ def distill(
     max_length: int,
     work: Path,
     signal: Path | None = None,
+    start: Path | None = None,
+    cost: PlanCost | None = None,
     progress: Progress = silent,
     others: Sequence[Path] = (),
 ) -> DistillResult:
     """Cut a student from the model folder ``teacher``, train it on ``data`` and write the model folder ``out``.
 
     ``config=None``: only the cut. ``max_length`` in tokens (the model's own limit if that is lower). ``work`` holds
-    checkpoints and what the teacher said; it may be removed afterwards. ``signal``: another folder for what the teacher
-    said, which several students of one teacher share. ``others``: the folders of the further teachers that ``config``
-    names, in its order. Besides the model, ``out`` gets ``distillation.json`` (what was done) and ``training.jsonl``
-    (each step's raw loss components).
+    checkpoints, the plan, earlier rounds and what the teacher said; it may be removed afterwards. ``signal``: another
+    folder for what the teacher said, which several students of one teacher share. ``start``: a model folder to cut
+    instead of the teacher; ``cost`` measures a plan for ``[student.target] latency_ms``; ``others``: the folders of the
+    further teachers that ``config`` names, in its order. Besides the model, ``out`` gets ``distillation.json`` (what
+    was done) and ``training.jsonl`` (each step's raw loss components).
 
     Raises :class:`~edgestill.errors.RecipeError` (a loss that doesn't fit the task, layers that aren't there),
     :class:`~edgestill.errors.BadInput` (no text, a teacher that puts out NaN), and
@@ -52,5 +56,5 @@ def distill(
         raise MissingDependency.package(missing.name or "torch", "distill") from None
     return run(
         teacher, out, student=student, config=config, data=data, max_length=max_length, work=work, signal=signal,
-        progress=progress, others=others,
+        start=start, cost=cost, progress=progress, others=others,
     )  # fmt: skip

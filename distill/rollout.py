@@ -55,10 +55,17 @@ def check_window(settings: Writing, section: str, window: int) -> None:
 
 
 def check_on_policy(
-    config: DistillConfig, folder: ModelFolder, plan: StudentPlan, *, window: int, held_out: int, cached: bool = False
+    config: DistillConfig,
+    folder: ModelFolder,
+    plan: StudentPlan | None,
+    *,
+    window: int,
+    held_out: int,
+    cached: bool = False,
 ) -> None:
     """Refuse what ``[distill.on_policy]`` can't do, before anything is loaded.
 
+    ``plan``: what is left of the teacher ``folder``, ``None`` for a student that does not come from it;
     ``window``: tokens of the longest text; ``held_out``: how many dev examples there are; ``cached``: whether the
     teacher's answers are read from disk. Raises :class:`RecipeError` and :class:`Unsupported`.
     """

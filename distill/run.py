@@ -7,42 +7,43 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import nn
 
 from ..checkpoints import ModelFolder, open_model, save_model
-from ..errors import BadInput, RecipeError, ResourceExhausted
+from ..errors import ResourceExhausted
 from ..files import atomic_directory, atomic_write, hash_json, hash_tree, read_json
 from ..progress import Progress, silent
 from ..recipe import DistillConfig, StudentConfig
 from ..recipe_teaching import SequenceConfig
 from ..torch_models import quiet
 from . import ranks
-from .batches import Examples, encode
+from .batches import Examples
 from .checkpoint import find_checkpoint, sweep_checkpoints
 from .correction import check_something_to_learn, correction_config
 from .cost import Cost
-from .ensemble import MixedTeacher, check_teachers, normalised
+from .ensemble import MixedTeacher, normalised
 from .evaluate import HeldOut
+from .job import NOT_IDENTITY, Job, prepare
 from .journal import Journal, Row
-from .layer_maps import learn_layer_map, map_layers
+from .layer_maps import learn_layer_map
 from .limits import limited_threads, memory_errors
 from .lora import add_lora, merge_lora
-from .losses import Loss, select_losses
 from .objective import Objective
+from .planning import Calibration, PlanCost, find_plan
 from .precision import check_precision
 from .recompute import recompute_blocks
 from .result import DistillResult
-from .rollout import Rollouts, check_on_policy
-from .sampling import Writer, stop_ids
-from .sequence import check_sequence, write_texts
-from .stream import check_streaming, stream_of
-from .student import StudentPlan, make_student, plan_student
+from .rollout import Rollouts
+from .rounds import run_rounds
+from .sampling import Writer
+from .sequence import write_texts
+from .start import Start, check_start
+from .stream import stream_of
+from .student import StudentPlan, make_student
 from .teacher import Teacher
 from .trackers import check_trackers, trackers_write_into
 from .trainer import CLOCK_FILE, DistillTrainer, training_arguments
@@ -51,93 +52,12 @@ from .vocabulary_tokenizer import FittedVocabulary, fit_vocabulary
 if TYPE_CHECKING:
     from ..data import DataSets
 
-__all__ = ["run"]
+__all__ = ["run", "run_job"]
 
-VERSION = 1
 CARD_FILE, JOURNAL_FILE, RESULT_FILE, IDENTITY_FILE = (
     "distillation.json", "training.jsonl", "result.json", "identity.json",
 )  # fmt: skip
 CORRECTED = "teacher"  # inside the work folder
-# Settings that change when checkpoints are written or how fast it goes, and not what comes out.
-# Where a teacher was fetched from says nothing either: its content does.
-NOT_IDENTITY: dict[str, Any] = {
-    "save_every": True, "threads": True, "gradient_checkpointing": True, "report_to": True,
-    "teacher": {"__all__": {"source", "sha256", "license"}},
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that decides the outcome."""
-
-    teacher: ModelFolder
-    plan: StudentPlan
-    config: DistillConfig
-    train: Examples
-    dev: Examples
-    vocabulary: FittedVocabulary
-    steps: int
-    original: ModelFolder | None = None
-    """What the teacher was before it was corrected."""
-    others: tuple[ModelFolder, ...] = ()
-    texts: tuple[str, ...] = ()
-    """What is streamed, instead of ``train``."""
-    length: int = 0
-    """Tokens of a streamed window."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """The student's."""
-        return self.vocabulary.tokenizer
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Weights above 0 by full loss name, in the order of the table."""
-        return {name: self.config.loss[name] for name in self.losses}
-
-    @property
-    def losses(self) -> dict[str, Loss]:
-        """The losses that have these weights."""
-        return select_losses(self.config.loss, self.teacher.task)
-
-    @property
-    def stop(self) -> frozenset[int]:
-        """The student's ids that end a text."""
-        return stop_ids(self.teacher, self.tokenizer, self.plan.vocabulary)
-
-    @property
-    def pad_id(self) -> int:
-        """What fills rows up; never looked at, since masks go by length."""
-        return int(self.tokenizer.pad_token_id or 0)
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens that the tokenizer knows (the embedding may have more rows), or the number of classes."""
-        return len(self.teacher.labels) or min(len(self.tokenizer), self.teacher.vocab_size)
-
-    @property
-    def teachers(self) -> list[dict[str, Any]]:
-        """Each teacher's content and its part in the mean."""
-        folders = (self.teacher, *self.others)
-        return [
-            {"model_id": folder.model_id, "weight": weight}
-            for folder, weight in zip(folders, normalised(self.config), strict=True)
-        ]
-
-    def identity(self) -> str:
-        """sha256 of all of it, and of the libraries' versions."""
-        return hash_json(
-            {
-                "version": VERSION,
-                "teacher": self.teacher.model_id,
-                "others": [other.model_id for other in self.others],
-                "plan": self.plan.digest(),
-                "config": self.config.model_dump(mode="json", exclude=NOT_IDENTITY),
-                "train": hash_json([self.texts, self.length]) if self.texts else self.train.digest(),
-                "dev": self.dev.digest(),
-                "libraries": [torch.__version__, transformers.__version__],
-            }
-        )
 
 
 def run(
@@ -150,34 +70,49 @@ def run(
     max_length: int,
     work: Path,
     signal: Path | None = None,
+    start: Path | None = None,
+    cost: PlanCost | None = None,
     progress: Progress = silent,
     others: Sequence[Path] = (),
 ) -> DistillResult:
     """See :func:`edgestill.distill.distill`."""
     original = folder = open_model(teacher)
-    if config is not None and config.correct_teacher is not None:
-        # Where students share what the teacher says, those of one seed share the teacher that it was corrected to.
-        place = work / CORRECTED if signal is None else signal / f"{CORRECTED}-{config.seed}"
-        folder = _corrected(folder, config, data, max_length, place, progress)
+    if config is not None:
+        check_trackers(config.report_to)
+        ranks.start()
+        if config.correct_teacher is not None:
+            # Where students share what the teacher says, those of one seed share the teacher that it was corrected to.
+            place = work / CORRECTED if signal is None else signal / f"{CORRECTED}-{config.seed}"
+            folder = _corrected(folder, config, data, max_length, place, progress)
+    begin = Start.of(folder, start)
+    check_start(folder, begin.folder, config)
     vocabulary = fit_vocabulary(folder, student.vocabulary, data)
-    plan = plan_student(folder, student, vocabulary.keep)
+    text = Calibration.of(data, max_length)
+    with quiet(), limited_threads(config.threads if config else None), memory_errors():
+        plan = ranks.from_first(lambda: find_plan(begin.folder, student, text, cost, work, vocabulary.keep))
     if config is None:
         with quiet():
-            _write(make_student(folder, plan), vocabulary.tokenizer, out, folder, _card(folder, plan, vocabulary), None)
-        return DistillResult(out, plan.keep, folder.layers)
-    check_trackers(config.report_to)
-    ranks.start()
+            card = _card(folder, begin, plan, vocabulary)
+            _write(make_student(begin.folder, plan), vocabulary.tokenizer, out, begin, folder, card, None)
+        return DistillResult(out, begin.origins(plan), folder.layers)
     progress = progress if ranks.is_first() else silent
-    job = _prepare(folder, plan, config, data, max_length, vocabulary, tuple(open_model(path) for path in others))
-    if folder is not original:
-        job = dataclasses.replace(job, original=original)
+    further = tuple(open_model(path) for path in others)
+    job = prepare(folder, begin, plan, config, data, max_length, vocabulary, further)
+    job = dataclasses.replace(job, shelf=signal, original=None if folder is original else original)
+    if student.steps > 1:
+        return run_rounds(job, student, out, work, text, progress, run_job)
+    return run_job(job, out, work, progress)
+
+
+def run_job(job: Job, out: Path, work: Path, progress: Progress = silent) -> DistillResult:
+    """One cut and one training; finished ones are given back, interrupted ones go on."""
     identity = job.identity()
     done = ranks.from_first(lambda: _finished(out, work, identity))
     if done is not None:
         return done
     ranks.from_first(lambda: _claim(work, identity))
-    with quiet(), limited_threads(config.threads), memory_errors(), trackers_write_into(work):
-        return _train(job, out, work, signal or work, identity, progress)
+    with quiet(), limited_threads(job.config.threads), memory_errors(), trackers_write_into(work):
+        return _train(job, out, work, identity, progress)
 
 
 def _corrected(
@@ -195,58 +130,7 @@ def _corrected(
     return open_model(work / "model")
 
 
-def _prepare(
-    folder: ModelFolder, plan: StudentPlan, config: DistillConfig, data: DataSets, max_length: int,
-    vocabulary: FittedVocabulary,
-    others: tuple[ModelFolder, ...],
-) -> Job:  # fmt: skip
-    losses = select_losses(config.loss, folder.task)
-    if config.layer_map != "cka":
-        map_layers(config.layer_map, plan.keep, folder.layers)  # a map that names no layer is found before any work
-    length = min(max_length, folder.max_length, *(other.max_length for other in others))
-    texts = data.split("train")
-    check_teachers(folder, others, config, texts[:200])
-    labels = [-100] * len(texts)
-    if folder.task == "text-classification" and "cross_entropy" in losses:
-        for text, label in _labelled(folder, data):
-            texts.append(text)
-            labels.append(label)
-    prefix, tokenizer = folder.prompt_prefix, vocabulary.tokenizer
-    check_streaming(config, folder)
-    streamed = tuple(prefix + text for text in texts) if config.streaming else ()
-    train = encode([] if streamed else texts, tokenizer, folder.task, length, prefix=prefix, labels=labels)
-    dev = encode(data.split("dev"), tokenizer, folder.task, length, prefix=prefix)
-    if not len(train) and not streamed:
-        raise BadInput("[distill] found no text to learn from", hint="set `train` in a [[data.text]]")
-    check_sequence(config.sequence, folder, length)
-    check_on_policy(config, folder, plan, window=length, held_out=len(dev))
-    if config.batch_size % ranks.world():
-        raise RecipeError(
-            f"[distill] batch_size = {config.batch_size} can't be shared by {ranks.world()} processes",
-            hint="make it a multiple of them: each forward pass is cut among the processes",
-        )
-    if config.evaluate_every and not len(dev):
-        raise RecipeError("[distill] evaluate_every has no text to measure on", hint="set `dev` in a [[data.text]]")
-    group = config.batch_size * config.gradient_accumulation
-    steps = config.max_steps or max(1, round(config.epochs * len(train) / group))
-    return Job(folder, plan, config, train, dev, vocabulary, steps, others=others, texts=streamed, length=length)
-
-
-def _labelled(folder: ModelFolder, data: DataSets) -> list[tuple[str, int]]:
-    """Training rows of the labelled sets that have the model's own classes."""
-    found = []
-    for task in data.tasks:
-        if set(task.labels) <= set(folder.labels):
-            found += [(text, folder.labels.index(task.labels[label])) for text, label in task.train]
-    if not found:
-        raise RecipeError(
-            f"loss 'cross_entropy' needs texts labelled {', '.join(folder.labels)}",
-            hint="add a [[data.task]] with these labels, or use forward_kl",
-        )
-    return found
-
-
-def _train(job: Job, out: Path, work: Path, signal: Path, identity: str, progress: Progress) -> DistillResult:
+def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -> DistillResult:
     began = time.monotonic()
     config, folder = job.config, job.teacher
     arguments = training_arguments(config, job.steps, work)
@@ -254,8 +138,8 @@ def _train(job: Job, out: Path, work: Path, signal: Path, identity: str, progres
     teacher = _teacher(job, arguments.device)
     if config.sequence is not None:
         with ranks.first_goes_ahead():
-            job = dataclasses.replace(job, train=_written(job, config.sequence, teacher, signal, progress))
-    model = make_student(folder, job.plan).to(arguments.device)
+            job = dataclasses.replace(job, train=_written(job, config.sequence, teacher, job.shelf or work, progress))
+    model = make_student(job.start.folder, job.plan).to(arguments.device)
     dev = job.dev if ranks.is_first() else Examples((), ())
     judged_by = {"": teacher}
     if job.original is not None:
@@ -277,7 +161,7 @@ def _train(job: Job, out: Path, work: Path, signal: Path, identity: str, progres
         recompute_blocks(model)
     if objective.needs_teacher and not mapped and folder.task != "text-generation":
         with ranks.first_goes_ahead():
-            teacher.remember(job.train, signal, progress)
+            teacher.remember(job.train, job.shelf or work, progress)
 
     def measure() -> dict[str, float]:
         return ranks.from_first(lambda: _measure(model, judges))
@@ -301,20 +185,21 @@ def _train(job: Job, out: Path, work: Path, signal: Path, identity: str, progres
     journal.append({"step": steps, "tokens": tokens, "dev": after})
     cost = dataclasses.asdict(_cost(job, teacher if objective.needs_teacher else None, tokens, rollouts))
     result = DistillResult(
-        path=out, keep=job.plan.keep, teacher_layers=folder.layers, steps=steps, tokens_seen=tokens,
+        path=out, keep=job.start.origins(job.plan), teacher_layers=folder.layers, steps=steps, tokens_seen=tokens,
         seconds=round(trainer.seconds, 3), dev_before=before, dev_after=after, curves=tuple(journal.rows),
         cost=cost,
     )  # fmt: skip
 
     def write() -> DistillResult:
-        card = {**_card(folder, job.plan, job.vocabulary, job, result, trainer.best_step, mapped), "cost": cost}
+        card = {**_card(folder, job.start, job.plan, job.vocabulary, job, result, trainer.best_step, mapped)}
+        card["cost"] = cost
         if job.original is not None:
             card |= {"teacher_id": job.original.model_id, "corrected_teacher": _correction_facts(folder)}
         if job.others:
             card["teachers"] = job.teachers
         if config.sequence is not None:
             card["sequence"] = {"texts": sum(map(bool, job.train.prompts)), "sha256": job.train.digest()}
-        _write(model.to("cpu"), job.tokenizer, out, folder, card, journal)
+        _write(model.to("cpu"), job.tokenizer, out, job.start, folder, card, journal)
         facts = {**dataclasses.asdict(result), "path": None}
         record = {"identity": identity, "output": hash_tree(out), "result": facts}
         atomic_write(work / RESULT_FILE, json.dumps(record) + "\n")
@@ -347,10 +232,10 @@ def _resume(work: Path, journal: Journal, objective: Objective, config: DistillC
 
 def _teacher(job: Job, device: torch.device) -> Teacher:
     if not job.others:
-        return Teacher(job.teacher, (), job.pad_id, device, job.plan.vocabulary)
+        return Teacher(job.teacher, (), job.pad_id, device, job.vocabulary.keep)
     folders, weights = (job.teacher, *job.others), normalised(job.config)
     return MixedTeacher(
-        folders, weights, job.config.temperature, job.vocab_size, (), job.pad_id, device, job.plan.vocabulary
+        folders, weights, job.config.temperature, job.vocab_size, (), job.pad_id, device, job.vocabulary.keep
     )
 
 
@@ -363,8 +248,8 @@ def _written(job: Job, settings: SequenceConfig, teacher: Teacher, work: Path, p
         weights=normalised(job.config), whose="teacher",
     )  # fmt: skip
     key: dict[str, Any] = {"teachers": job.teachers, "stop": sorted(stop), "vocab_size": job.vocab_size}
-    if job.plan.vocabulary:  # the same numbers would be other words
-        key["vocabulary"] = hash_json(job.plan.vocabulary)
+    if job.vocabulary.keep:  # the same numbers would be other words
+        key["vocabulary"] = hash_json(job.vocabulary.keep)
     return write_texts(job.train, settings, writer, seed=job.config.seed, key=key, work=work, progress=progress)
 
 
@@ -400,15 +285,23 @@ def _layer_map(job: Job, student: nn.Module, teacher: Teacher) -> tuple[int, ...
     """Which teacher layer each layer of the student imitates; the student is still untrained."""
     if job.config.layer_map == "cka":
         return learn_layer_map(student, teacher.inside, job.train, job.pad_id)
-    return map_layers(job.config.layer_map, job.plan.keep, job.teacher.layers)
+    return job.start.taught(job.config.layer_map, job.plan, job.teacher.layers)
 
 
 def _write(
-    model: nn.Module, tokenizer: Any, out: Path, folder: ModelFolder, card: dict[str, Any], journal: Journal | None
+    model: nn.Module,
+    tokenizer: Any,
+    out: Path,
+    start: Start,
+    teacher: ModelFolder,
+    card: dict[str, Any],
+    journal: Journal | None,
 ) -> None:
     """The student's folder with its card and journal, whole or not at all."""
     with atomic_directory(out) as temporary:
-        saved = save_model(model, tokenizer, temporary / "model", folder)
+        # It pools as what it was cut from, and reads its texts as the teacher did.
+        prefix = teacher.prompt_prefix
+        saved = save_model(model, tokenizer, temporary / "model", start.folder, prompt_prefix=prefix)
         for path in saved.path.iterdir():
             path.replace(temporary / path.name)
         saved.path.rmdir()
@@ -419,6 +312,7 @@ def _write(
 
 def _card(
     folder: ModelFolder,
+    start: Start,
     plan: StudentPlan,
     vocabulary: FittedVocabulary,
     job: Job | None = None,
@@ -432,11 +326,16 @@ def _card(
         "teacher_id": folder.model_id,
         "task": folder.task,
         "teacher_layers": folder.layers,
-        "keep": list(plan.keep),
+        "keep": list(start.origins(plan)),
         "trained": job is not None,
+        "plan": plan.facts(),
     }
     if vocabulary.facts is not None:
         card["vocabulary"] = vocabulary.facts
+    if not start.of_teacher:
+        card["start_id"] = start.folder.model_id
+    if start.history:
+        card["rounds"] = list(start.history)
     if job is None or result is None:
         return card
     config = job.config

@@ -9,17 +9,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from ..checkpoints import ModelFolder, load_torch
 from ..files import hash_json
-from ..recipe import StudentConfig
 from .anatomy import Part, Widths, base_model, blocks, count_parameters, teacher_widths
 from .depth import choose_layers, cut_layers, spread
+from .heads import cut_heads
 from .hooks import BlockOutputs
 from .layer_maps import map_layers
 from .vocabulary import trim_embeddings
+from .width import cut_ffn
 
 __all__ = [
     "BlockOutputs",
@@ -30,7 +32,6 @@ __all__ = [
     "cut_layers",
     "make_student",
     "map_layers",
-    "plan_student",
     "spread",
 ]
 
@@ -85,17 +86,14 @@ class StudentPlan:
         """Parameters by group, see :func:`edgestill.distill.anatomy.count_parameters`."""
         return count_parameters(folder, self.keep, self.widths)
 
+    def facts(self) -> dict[str, Any]:
+        """The sizes, and the digest that stands for which parts they are."""
+        sizes = ("ffn", "heads", "kv_heads", "vocab_size", "parameters")
+        return {**{name: getattr(self, name) for name in sizes}, "digest": self.digest()}
+
     def digest(self) -> str:
         """sha256 of the plan."""
         return hash_json(dataclasses.asdict(self))
-
-
-def plan_student(folder: ModelFolder, config: StudentConfig, vocabulary: Sequence[int] = ()) -> StudentPlan:
-    """The plan of a recipe's ``[student]``, with the teacher's token ids ``vocabulary`` (empty: all).
-
-    :class:`~edgestill.errors.RecipeError` for what can't be.
-    """
-    return StudentPlan.of_layers(folder, choose_layers(config, folder.layers), vocabulary)
 
 
 def make_student(teacher: ModelFolder, plan: StudentPlan) -> nn.Module:
@@ -104,4 +102,8 @@ def make_student(teacher: ModelFolder, plan: StudentPlan) -> nn.Module:
     cut_layers(student, plan.keep)
     if plan.vocabulary:
         trim_embeddings(student, plan.vocabulary)
+    if plan.neurons:
+        cut_ffn(student, plan.neurons)
+    if plan.queries:
+        cut_heads(student, plan.queries, plan.groups)
     return student

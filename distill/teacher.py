@@ -14,10 +14,10 @@ from ..checkpoints import ModelFolder, load_torch
 from ..errors import BadInput
 from ..files import hash_json
 from ..progress import Progress, silent
+from .anatomy import base_model
 from .batches import Batch, Examples, collate
 from .cache import VectorCache
 from .signal import Hidden, Relations
-from .student import base_model
 from .taps import Heard, Taps
 from .vocabulary import trim_embeddings
 

@@ -172,6 +172,15 @@ def _check(model: ModelFolder) -> None:
         _expect(config.get("hidden_act", "silu") == "silu", "activation", config.get("hidden_act"))
         _expect(not config.get("mlp_bias"), "mlp_bias", config.get("mlp_bias"))
         rope_parameters(model)
+        if model.architecture == "qwen2":
+            size = config.get("head_dim") or model.hidden_size // config["num_attention_heads"]
+            width = size * config["num_attention_heads"]
+            if width != model.hidden_size:  # its loader takes the query matrix to be square
+                raise Unsupported(
+                    f"llama.cpp can't load a qwen2 whose heads are {width} wide together and whose hidden size is "
+                    f"{model.hidden_size}",
+                    hint="export it to onnx or coreml, or cut FFN neurons or layers instead of heads",
+                )
         return
     activation = config.get("hidden_act", config.get("activation", "gelu"))
     _expect(activation in _GELU, "activation", activation)

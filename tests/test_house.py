@@ -23,7 +23,7 @@ SKIP = {"tests", "build", "dist", "runs", ".venv", ".src", ".git", ".ci"}
 FLOORS = {
     "cli": 6, "show": 6, "terminal": 6, "__main__": 6, "schemas": 6,
     "pipeline": 5, "stages": 5, "commands": 5, "plan": 5, "init": 5, "doctor": 5, "delivery": 5, "judging": 5,
-    "company": 5, "loss_comparison": 5,
+    "company": 5, "loss_comparison": 5, "distillation": 5,
     "distill": 4, "export": 4,
     "bench": 3,
     "runtimes": 2,
@@ -31,7 +31,7 @@ FLOORS = {
     "gguf_tokenizer": 1, "vocabularies": 1, "data": 1, "data_files": 1, "fetch": 1, "registries": 1, "archives": 1,
     "inspection": 1,
     "recipe": 0, "recipe_base": 0, "recipe_text": 0, "loss_names": 0, "artifact": 0, "grids": 0, "ggml_grids": 0,
-    "recipe_teaching": 0, "recipe_training": 0, "errors": 0, "files": 0, "progress": 0, "": 0,
+    "recipe_teaching": 0, "recipe_training": 0, "recipe_student": 0, "errors": 0, "files": 0, "progress": 0, "": 0,
 }  # fmt: skip
 DEVICE_SIDE = (
     "session", "worker", "protocol", "scoring", "memory", "timing", "ort_session", "llamacpp", "coreml_session", "mil",

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from edgestill.checkpoints import load_torch, open_model
 from edgestill.data import DataSets
-from edgestill.distill import DistillResult, distill, run
+from edgestill.distill import DistillResult, distill
 from edgestill.distill.batches import Examples, collate
-from edgestill.distill.rollout import Rollouts
+from edgestill.distill.rollout import Rollouts, check_on_policy
+from edgestill.distill.student import StudentPlan
 from edgestill.errors import BadInput, EdgestillError, RecipeError, Unsupported
 from edgestill.files import hash_tree
 from edgestill.recipe import DistillConfig, StudentConfig
@@ -267,9 +268,9 @@ def test_adapting_needs_held_out_text(tiny_llama: Path, tmp_path: Path, data: Da
 def test_several_processes_are_refused(tiny_llama, tmp_path, data, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     folder = open_model(tiny_llama)
-    plan = run.plan_student(folder, StudentConfig(layers=2))
+    plan = StudentPlan.of_layers(folder, (0, 3))
     with pytest.raises(EdgestillError, match="several processes"):
-        run.check_on_policy(_config(on_policy=WRITING), folder, plan, window=32, held_out=5)
+        check_on_policy(_config(on_policy=WRITING), folder, plan, window=32, held_out=5)
 
 
 def test_a_teacher_with_nan_is_one_clear_line(tiny_llama: Path, tmp_path: Path, data: DataSets):

@@ -1,0 +1,175 @@
+"""One distillation as a value: everything that decides the student that comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from ..checkpoints import ModelFolder
+from ..errors import BadInput, RecipeError
+from ..files import hash_json
+from ..recipe import DistillConfig
+from . import ranks
+from .batches import Examples, encode
+from .ensemble import check_teachers, normalised
+from .losses import Loss, select_losses
+from .rollout import check_on_policy
+from .sampling import stop_ids
+from .sequence import check_sequence
+from .start import Start
+from .stream import check_streaming
+from .student import StudentPlan
+from .vocabulary_tokenizer import FittedVocabulary
+
+if TYPE_CHECKING:
+    from ..data import DataSets
+
+__all__ = ["NOT_IDENTITY", "Job", "prepare"]
+
+VERSION = 1
+# Settings that change when checkpoints are written or how fast it goes, and not what comes out.
+# Where a teacher was fetched from says nothing either: its content does.
+NOT_IDENTITY: dict[str, Any] = {
+    "save_every": True, "threads": True, "gradient_checkpointing": True, "report_to": True,
+    "teacher": {"__all__": {"source", "sha256", "license"}},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides the outcome."""
+
+    teacher: ModelFolder
+    start: Start
+    plan: StudentPlan
+    config: DistillConfig
+    train: Examples
+    dev: Examples
+    vocabulary: FittedVocabulary
+    steps: int
+    original: ModelFolder | None = None
+    """What the teacher was before it was corrected."""
+    others: tuple[ModelFolder, ...] = ()
+    texts: tuple[str, ...] = ()
+    """What is streamed, instead of ``train``."""
+    length: int = 0
+    """Tokens of a streamed window."""
+    shelf: Path | None = None
+    """Where the teacher's answers lie, if not in the job's own folder; decides nothing."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The student's."""
+        return self.vocabulary.tokenizer
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights above 0 by full loss name, in the order of the table."""
+        return {name: self.config.loss[name] for name in self.losses}
+
+    @property
+    def losses(self) -> dict[str, Loss]:
+        """The losses that have these weights."""
+        return select_losses(self.config.loss, self.teacher.task)
+
+    @property
+    def stop(self) -> frozenset[int]:
+        """The student's ids that end a text."""
+        return stop_ids(self.teacher, self.tokenizer, self.vocabulary.keep)
+
+    @property
+    def pad_id(self) -> int:
+        """What fills rows up; never looked at, since masks go by length."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the tokenizer knows (the embedding may have more rows), or the number of classes."""
+        rows = min(self.teacher.vocab_size, self.plan.vocab_size)
+        return len(self.teacher.labels) or min(len(self.tokenizer), rows)
+
+    @property
+    def teachers(self) -> list[dict[str, Any]]:
+        """Each teacher's content and its part in the mean."""
+        folders = (self.teacher, *self.others)
+        return [
+            {"model_id": folder.model_id, "weight": weight}
+            for folder, weight in zip(folders, normalised(self.config), strict=True)
+        ]
+
+    def identity(self) -> str:
+        """sha256 of all of it, and of the libraries' versions."""
+        return hash_json(
+            {
+                "version": VERSION,
+                "teacher": self.teacher.model_id,
+                "others": [other.model_id for other in self.others],
+                "start": self.start.folder.model_id,
+                "plan": self.plan.digest(),
+                "config": self.config.model_dump(mode="json", exclude=NOT_IDENTITY),
+                "train": hash_json([self.texts, self.length]) if self.texts else self.train.digest(),
+                "dev": self.dev.digest(),
+                "libraries": [torch.__version__, transformers.__version__],
+            }
+        )
+
+
+def prepare(
+    folder: ModelFolder,
+    start: Start,
+    plan: StudentPlan,
+    config: DistillConfig,
+    data: DataSets,
+    max_length: int,
+    vocabulary: FittedVocabulary,
+    others: tuple[ModelFolder, ...] = (),
+) -> Job:
+    """Everything that decides the outcome, from the recipe's parts; loads no weights, trains nothing."""
+    losses = select_losses(config.loss, folder.task)
+    if config.layer_map != "cka" and start.of_teacher:
+        start.taught(config.layer_map, plan, folder.layers)  # a map that names no layer is found before any work
+    length = min(max_length, *(model.max_length for model in (folder, start.folder, *others)))
+    texts = data.split("train")
+    check_teachers(folder, others, config, texts[:200])
+    labels = [-100] * len(texts)
+    if folder.task == "text-classification" and "cross_entropy" in losses:
+        for text, label in _labelled(folder, data):
+            texts.append(text)
+            labels.append(label)
+    prefix, tokenizer = folder.prompt_prefix, vocabulary.tokenizer
+    check_streaming(config, folder)
+    streamed = tuple(prefix + text for text in texts) if config.streaming else ()
+    train = encode([] if streamed else texts, tokenizer, folder.task, length, prefix=prefix, labels=labels)
+    dev = encode(data.split("dev"), tokenizer, folder.task, length, prefix=prefix)
+    if not len(train) and not streamed:
+        raise BadInput("[distill] found no text to learn from", hint="set `train` in a [[data.text]]")
+    check_sequence(config.sequence, folder, length)
+    check_on_policy(config, folder, plan if start.of_teacher else None, window=length, held_out=len(dev))
+    if config.batch_size % ranks.world():
+        raise RecipeError(
+            f"[distill] batch_size = {config.batch_size} can't be shared by {ranks.world()} processes",
+            hint="make it a multiple of them: each forward pass is cut among the processes",
+        )
+    if config.evaluate_every and not len(dev):
+        raise RecipeError("[distill] evaluate_every has no text to measure on", hint="set `dev` in a [[data.text]]")
+    group = config.batch_size * config.gradient_accumulation
+    steps = config.max_steps or max(1, round(config.epochs * len(train) / group))
+    return Job(folder, start, plan, config, train, dev, vocabulary, steps, others=others, texts=streamed, length=length)
+
+
+def _labelled(folder: ModelFolder, data: DataSets) -> list[tuple[str, int]]:
+    """Training rows of the labelled sets that have the model's own classes."""
+    found = []
+    for task in data.tasks:
+        if set(task.labels) <= set(folder.labels):
+            found += [(text, folder.labels.index(task.labels[label])) for text, label in task.train]
+    if not found:
+        raise RecipeError(
+            f"loss 'cross_entropy' needs texts labelled {', '.join(folder.labels)}",
+            hint="add a [[data.task]] with these labels, or use forward_kl",
+        )
+    return found
