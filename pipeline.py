@@ -31,7 +31,7 @@ from .distillation import latency_cost, make_start
 from .errors import EdgestillError, MissingDependency, ResourceExhausted, UsageError, nearest
 from .files import atomic_write, hash_json
 from .judging import Judge, Subjects
-from .recipe import ExportConfig, Recipe, find_recipe, load_recipe
+from .recipe import DistillConfig, ExportConfig, Recipe, find_recipe, load_recipe
 from .recipe_text import dump_recipe
 from .stages import Observer, RunFolder
 
@@ -231,6 +231,14 @@ class Run:
         )  # fmt: skip
         return open_model(self.folder / "student")
 
+    def _distill_config(self) -> DistillConfig | None:
+        """The section with the path of its teacher cache taken from the recipe's folder."""
+        config = self.recipe.distill
+        if config is None or config.cache is None or config.cache.path is None:
+            return config
+        cache = config.cache.model_copy(update={"path": str(self.base / config.cache.path)})
+        return config.model_copy(update={"cache": cache})
+
     def teach(
         self,
         teacher: ModelFolder,
@@ -251,7 +259,7 @@ class Run:
         if target is not None and target.latency_ms is not None:
             cost = latency_cost(open_model(start) if start else teacher, recipe.bench.threads, recipe.bench.length)
         return together(distill)(
-            teacher.path, out, student=recipe.student, config=recipe.distill, data=data,
+            teacher.path, out, student=recipe.student, config=self._distill_config(), data=data,
             max_length=recipe.data.max_length, work=work, signal=signal, start=start, cost=cost,
             progress=self.progress, others=[other.path for other in others],
         )  # fmt: skip
@@ -262,7 +270,10 @@ class Run:
         return {
             "teacher": teacher.model_id,
             "student": recipe.student.model_dump(mode="json"),
-            "distill": recipe.distill.model_dump(mode="json") if recipe.distill else None,
+            # Where a teacher cache lies, and what else it holds, does not change the student.
+            "distill": recipe.distill.model_dump(mode="json", exclude={"cache": {"path", "temperatures"}})
+            if recipe.distill
+            else None,
             "max_length": recipe.data.max_length,
             "text": hash_json([data.split("train"), data.split("dev")]) if recipe.distill else None,
             **self._shape_inputs(data),

@@ -285,20 +285,15 @@ class _Draft:
     def _distill_step(self, cost: Mapping[str, float], rate: float) -> PlanStep:
         recipe = self.recipe
         assert recipe.distill is not None
-        tokens = (
-            sum(
-                text.train * (_SENTENCE_TOKENS if text.unit == "sentence" else recipe.data.max_length)
-                for text in recipe.data.text
-            )
-            * recipe.distill.epochs
-        )
+        corpus = self._corpus_tokens()
+        tokens = corpus * recipe.distill.epochs
         if recipe.distill.max_steps:
             per_step = recipe.distill.batch_size * recipe.distill.gradient_accumulation
             examples = sum(text.train for text in recipe.data.text) or 1
-            tokens = min(tokens, tokens / recipe.distill.epochs / examples * per_step * recipe.distill.max_steps)
+            tokens = min(tokens, corpus / examples * per_step * recipe.distill.max_steps)
         read = {LOSS_NAMES[parse_loss(name).name].reads for name, weight in recipe.distill.loss.items() if weight}
-        live = read & {"logits", "blocks"}
-        of_teacher = tokens if live else tokens / recipe.distill.epochs  # embeddings are computed once
+        live = read & {"logits", "blocks"} and recipe.distill.cache is None
+        of_teacher = tokens if live else corpus  # what is kept is asked once
         teachers = cost["teacher"] + sum(2.0 * other.parameters for other in self.others)
         seconds = (tokens * _TRAINING_PASSES * cost["student"] + of_teacher * teachers) / rate
         note = f"{tokens:,.0f} tokens"
@@ -323,6 +318,13 @@ class _Draft:
             by_teacher = sequence.share * examples * sequence.new_tokens
         return by_student, by_teacher
 
+    def _corpus_tokens(self) -> float:
+        """Tokens to train on, at most: texts may be shorter."""
+        data = self.recipe.data
+        return float(
+            sum(text.train * (_SENTENCE_TOKENS if text.unit == "sentence" else data.max_length) for text in data.text)
+        )
+
     def _disk(self, variants: tuple[PlanVariant, ...]) -> float | None:
         if self.model is None:
             return None
@@ -334,7 +336,10 @@ class _Draft:
         texts = max(1, sum(1 for text in self.recipe.data.text if text.test))
         rows = self.recipe.bench.tokens if self.model.task == "text-generation" else 0
         references = 4.0 * rows * self.model.vocab_size * (2 * texts + 1)
-        return models + artifacts + references + 1e8
+        distill, kept = self.recipe.distill, 0.0
+        if distill is not None and distill.cache is not None:
+            kept = self._corpus_tokens() * distill.cache.row_bytes(self.model.vocab_size, distill.temperature)
+        return models + artifacts + references + kept + 1e8
 
     def _memory(self) -> float | None:
         if self.model is None:

@@ -17,12 +17,14 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_va
 from .errors import BadInput, RecipeError, nearest
 from .loss_names import LOSS_NAMES, parse_loss
 from .recipe_base import Positive, PositiveFloat, Source, Strict, TeacherConfig, Weight
+from .recipe_cache import CacheConfig
 from .recipe_student import StudentConfig
 from .recipe_teaching import ExtraTeacherConfig, OnPolicyConfig, SequenceConfig
 from .recipe_training import CorrectionConfig, LoraConfig
 
 __all__ = [
     "BenchConfig",
+    "CacheConfig",
     "DataConfig",
     "DistillConfig",
     "ExportConfig",
@@ -165,6 +167,8 @@ class DistillConfig(Strict):
     """further teachers: the student learns from the weighted mean of the distributions of all of them."""
     teacher_weight: PositiveFloat = 1.0
     """weight of the recipe's `[teacher]` beside further ones; all weights are divided by their sum."""
+    cache: CacheConfig | None = None
+    """the teacher is asked once for each token, and its answers are kept on disk (text generation)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """of the student's layers while it trains (`bf16`: autocast). Weights, losses, the teacher and what is saved are
     fp32."""

@@ -1,86 +1,60 @@
 """One vector a text, computed once and kept on disk: what a sentence encoder or classifier says of each example.
 
-A folder named by the hash of everything that decides the content (teacher, tokenised texts) holds ``shard-00000.npy``
-and so on, each written whole or not at all, so that a killed run goes on with the next one. Texts are taken by length
-(little padding); ``order`` in ``cache.json`` says which row is which.
+The store is :class:`~edgestill.distill.store.ShardStore`. Texts are taken by length (little padding); which row is
+which follows from the lengths.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BadInput, ResourceExhausted
-from ..files import atomic_write, hash_json
+from ..errors import BadInput
 from ..progress import Progress, silent
+from .store import Records, ShardStore
 
 __all__ = ["VectorCache"]
 
-VERSION = 1
 SHARD_ROWS = 2048
 Floats = npt.NDArray[np.float32]
 Compute = Callable[[list[int]], Floats]
 
 
 class VectorCache:
-    """Teacher vectors ``[N, D]`` of N texts, float32, memory-mapped."""
+    """Teacher vectors ``[N, width]`` of N texts, float32, memory-mapped; ``key`` is all that decides them."""
 
-    def __init__(self, folder: Path, key: dict[str, Any], lengths: npt.NDArray[np.int64]) -> None:
-        self.key = hash_json({"version": VERSION, "shard_rows": SHARD_ROWS, **key})
-        self.folder = folder / f"teacher-{self.key[:16]}"
+    def __init__(self, folder: Path, key: dict[str, Any], lengths: npt.NDArray[np.int64], width: int) -> None:
         self._order = np.argsort(lengths, kind="stable")
         self._place = np.argsort(self._order, kind="stable")
-        self._shards: list[npt.NDArray[np.float32]] = []
+        total = len(lengths)
+        sizes = [min(SHARD_ROWS, total - begin) for begin in range(0, total, SHARD_ROWS)]
+        self.store = ShardStore(
+            folder, "teacher", {"kind": "vectors", **key}, [("vector", "<f4", (width,))], sizes, unit="text"
+        )
 
-    def fill(self, compute: Compute, width: int, batch_size: int = 64, progress: Progress = silent) -> None:
-        """Compute the missing shards with ``compute(example numbers) -> [n, width]`` and map all of them."""
+    def fill(self, compute: Compute, batch_size: int = 64, progress: Progress = silent) -> None:
+        """Compute the missing shards with ``compute(example numbers) -> [n, width]``."""
         total = len(self._order)
-        self._check_room(total * width * 4)
-        atomic_write(self.folder / "cache.json", json.dumps({"key": self.key, "rows": total, "width": width}) + "\n")
-        self._shards = []
-        for number, begin in enumerate(range(0, total, SHARD_ROWS)):
+
+        def shard(number: int) -> Records:
+            begin = number * SHARD_ROWS
             rows = self._order[begin : begin + SHARD_ROWS]
-            path = self.folder / f"shard-{number:05d}.npy"
-            if not self._is_whole(path, (len(rows), width)):
-                parts = []
-                for start in range(0, len(rows), batch_size):
-                    progress("teacher reads the texts", (begin + start) / total)
-                    parts.append(compute(rows[start : start + batch_size].tolist()))
-                block = np.concatenate(parts).astype(np.float32, copy=False)
+            records = np.empty(len(rows), dtype=self.store.dtype)
+            for start in range(0, len(rows), batch_size):
+                progress("teacher reads the texts", (begin + start) / total)
+                block = compute(rows[start : start + batch_size].tolist())
                 if not np.isfinite(block).all():
                     raise BadInput("the teacher's output is not finite (NaN or infinity)", hint="check its weights")
-                stream = BytesIO()
-                np.save(stream, block, allow_pickle=False)
-                atomic_write(path, stream.getvalue())
-            self._shards.append(np.load(path, mmap_mode="r", allow_pickle=False))
+                records["vector"][start : start + batch_size] = block
+            return records
+
+        self.store.fill(shard, progress)
 
     def rows(self, numbers: npt.NDArray[np.int64]) -> Floats:
-        """The vectors ``[n, D]`` of the examples ``numbers``."""
-        places = self._place[numbers]
-        return np.stack([self._shards[place // SHARD_ROWS][place % SHARD_ROWS] for place in places])
-
-    def _is_whole(self, path: Path, shape: tuple[int, int]) -> bool:
-        if not path.is_file():
-            return False
-        try:
-            found = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError):
-            return False
-        return bool(found.shape == shape and found.dtype == np.float32)
-
-    def _check_room(self, size_bytes: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        there = sum(path.stat().st_size for path in self.folder.glob("shard-*.npy"))
-        free = shutil.disk_usage(self.folder).free
-        if size_bytes - there > free:
-            raise ResourceExhausted(
-                f"the teacher's vectors need {size_bytes / 1e6:.0f} MB in {self.folder}, {free / 1e6:.0f} MB are free",
-                hint="free some room, or train on fewer texts",
-            )
+        """The vectors ``[n, width]`` of the examples ``numbers``."""
+        found: Floats = np.ascontiguousarray(self.store.take(self._place[numbers])["vector"])
+        return found

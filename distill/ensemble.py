@@ -26,6 +26,7 @@ from ..progress import Progress, silent
 from ..recipe import DistillConfig
 from .batches import Batch, Examples
 from .teacher import Said, Teacher
+from .token_records import TokenFormat
 
 __all__ = ["MixedModel", "MixedTeacher", "check_teachers", "mixture", "normalised"]
 
@@ -222,7 +223,21 @@ class MixedTeacher(Teacher):
         with self._softened():
             super().remember(examples, work, progress)
 
+    def remember_tokens(
+        self, examples: Examples, place: Path, form: TokenFormat, temperature: float, progress: Progress = silent
+    ) -> None:
+        """Fill the cache of the mean at the losses' temperature, the only one of ``form``; see :class:`Teacher`."""
+        if form.temperatures != (self._loss_temperature,):
+            raise ValueError(f"teachers averaged at {self._loss_temperature}, asked for {form.temperatures}")
+        super().remember_tokens(examples, place, form, temperature, progress)
+
+    def _live(self, batch: Batch) -> Said:
+        with self._softened():
+            return super()._live(batch)
+
     def say(self, batch: Batch) -> Said:
         """What the losses need, for one batch; see :class:`Teacher`."""
+        if not self.live:
+            return super().say(batch)
         with self._softened():
             return super().say(batch)

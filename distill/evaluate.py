@@ -34,7 +34,6 @@ class HeldOut:
         self._generation = teacher.folder.task == "text-generation"
         self._embeddings = teacher.folder.task == "feature-extraction"
         self._vocab_size = vocab_size
-        self._teacher = teacher
         self._device = teacher.device
         rows = self._choose(examples)
         rows.sort(key=lambda row: len(examples.ids[row]))
@@ -43,6 +42,8 @@ class HeldOut:
             for begin in range(0, len(rows), BATCH_SIZE)
         ]
         self._theirs = [self._answer(teacher.model, batch) for batch in self._batches]
+        # Of the teacher only the head is kept: the rest may be released.
+        self._their_head: Any = _head(teacher.model) if self._batches and self._generation else None
 
     def _choose(self, examples: Examples) -> list[int]:
         if not self._generation:
@@ -83,7 +84,7 @@ class HeldOut:
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
     def _compare_tokens(self, student: nn.Module, ours: list[Tensor]) -> dict[str, float]:
-        our_head, their_head = (_head(model) for model in (student, self._teacher.model))
+        our_head, their_head = _head(student), self._their_head
         rows = chunk_rows(self._vocab_size)
         parts: list[dict[str, Tensor]] = []
         for batch, mine, theirs in zip(self._batches, ours, self._theirs, strict=True):

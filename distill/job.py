@@ -15,6 +15,7 @@ from ..files import hash_json
 from ..recipe import DistillConfig
 from . import ranks
 from .batches import Examples, encode
+from .cache_use import CacheUse, plan_cache
 from .ensemble import check_teachers, normalised
 from .losses import Loss, select_losses
 from .rollout import check_on_policy
@@ -32,10 +33,10 @@ __all__ = ["NOT_IDENTITY", "Job", "prepare"]
 
 VERSION = 1
 # Settings that change when checkpoints are written or how fast it goes, and not what comes out.
-# Where a teacher was fetched from says nothing either: its content does.
+# Where a teacher was fetched from says nothing either: its content does. Nor does the place of a cache.
 NOT_IDENTITY: dict[str, Any] = {
     "save_every": True, "threads": True, "gradient_checkpointing": True, "report_to": True,
-    "teacher": {"__all__": {"source", "sha256", "license"}},
+    "teacher": {"__all__": {"source", "sha256", "license"}}, "cache": {"path", "temperatures"},
 }  # fmt: skip
 
 
@@ -101,6 +102,15 @@ class Job:
             for folder, weight in zip(folders, normalised(self.config), strict=True)
         ]
 
+    def cache(self, mapped: tuple[int, ...] = ()) -> CacheUse | None:
+        """How the teacher's answers are kept, with its blocks ``mapped``; ``None``: it is asked live."""
+        if self.config.cache is None:
+            return None
+        return plan_cache(
+            self.config.cache, self.losses, self.teacher.task, temperature=self.config.temperature,
+            vocab_size=self.vocab_size, layers=mapped, width=self.teacher.hidden_size,
+        )  # fmt: skip
+
     def identity(self) -> str:
         """sha256 of all of it, and of the libraries' versions."""
         return hash_json(
@@ -148,7 +158,8 @@ def prepare(
     if not len(train) and not streamed:
         raise BadInput("[distill] found no text to learn from", hint="set `train` in a [[data.text]]")
     check_sequence(config.sequence, folder, length)
-    check_on_policy(config, folder, plan if start.of_teacher else None, window=length, held_out=len(dev))
+    known = plan if start.of_teacher else None
+    check_on_policy(config, folder, known, window=length, held_out=len(dev), cached=config.cache is not None)
     if config.batch_size % ranks.world():
         raise RecipeError(
             f"[distill] batch_size = {config.batch_size} can't be shared by {ranks.world()} processes",

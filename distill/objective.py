@@ -19,7 +19,7 @@ from . import ranks
 from .batches import LEARN_OWN, Batch
 from .chunked import chunked_head
 from .losses import Loss, predicting, reduce_step, select_losses, shift
-from .signal import INSIDE, Attention, Dense, Embedding, Hidden, Labels, Relations, Signal
+from .signal import INSIDE, Attention, Dense, Embedding, Hidden, Labels, Relations, Signal, Sparse
 from .student import base_model, blocks
 from .taps import Taps
 from .teacher import Said, vectors
@@ -191,10 +191,12 @@ class Objective(nn.Module):
             total = total + self.weights[name] * value
         return total
 
-    def _signal(self, loss: Loss, theirs: Tensor | None, ids: Tensor) -> Signal:
+    def _signal(self, loss: Loss, theirs: Tensor | Sparse | None, ids: Tensor) -> Signal:
         if loss.signal is Labels:
             return Labels(ids, self.vocab_size)
         assert theirs is not None  # needs_teacher said so
+        if isinstance(theirs, Sparse):
+            return theirs
         return Embedding(theirs) if loss.signal is Embedding else Dense(theirs, self.temperature, self.vocab_size)
 
     def _generation(self, hidden: Tensor, batch: Batch, said: Said, counts: Counts, raw: dict[str, Tensor]) -> Tensor:
@@ -212,12 +214,14 @@ class Objective(nn.Module):
 
         def chunk(logits: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
             every = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-            teacher_logits = None
-            if theirs is not None and said.head is not None:
+            signal: Tensor | Sparse | None = None
+            if said.sparse is not None:
+                signal = said.sparse.rows(begin, end)
+            elif theirs is not None and said.head is not None:
                 with torch.no_grad():
-                    teacher_logits = said.head(theirs[begin:end])
+                    signal = said.head(theirs[begin:end])
             values = [
-                self._value(name, logits, self._signal(self.losses[name], teacher_logits, following[begin:end]),
+                self._value(name, logits, self._signal(self.losses[name], signal, following[begin:end]),
                             given[begin:end] if self.losses[name].signal is Labels else every, counts)
                 for name in names
             ]  # fmt: skip

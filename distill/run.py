@@ -21,7 +21,9 @@ from ..recipe import DistillConfig, StudentConfig
 from ..recipe_teaching import SequenceConfig
 from ..torch_models import quiet
 from . import ranks
+from .anatomy import blocks
 from .batches import Examples
+from .cache_use import check_cache
 from .checkpoint import find_checkpoint, sweep_checkpoints
 from .correction import check_something_to_learn, correction_config
 from .cost import Cost
@@ -78,6 +80,7 @@ def run(
     """See :func:`edgestill.distill.distill`."""
     original = folder = open_model(teacher)
     if config is not None:
+        check_cache(config, folder)
         check_trackers(config.report_to)
         ranks.start()
         if config.correct_teacher is not None:
@@ -106,6 +109,8 @@ def run(
 
 def run_job(job: Job, out: Path, work: Path, progress: Progress = silent) -> DistillResult:
     """One cut and one training; finished ones are given back, interrupted ones go on."""
+    if (use := job.cache()) is not None:
+        progress(use.line)
     identity = job.identity()
     done = ranks.from_first(lambda: _finished(out, work, identity))
     if done is not None:
@@ -136,6 +141,8 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     arguments = training_arguments(config, job.steps, work)
     check_precision(config.precision, arguments.device)
     teacher = _teacher(job, arguments.device)
+    if config.cache is None:
+        teacher.load()
     if config.sequence is not None:
         with ranks.first_goes_ahead():
             job = dataclasses.replace(job, train=_written(job, config.sequence, teacher, job.shelf or work, progress))
@@ -155,11 +162,18 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     )  # fmt: skip
     mapped = _layer_map(job, model, teacher) if objective.inside else ()
     teacher.listen(mapped, objective.inside)
-    if objective.needs_teacher:
+    if objective.needs_teacher and len(blocks(model)) == folder.layers:
         check_something_to_learn(model, teacher.model)
     if config.gradient_checkpointing:
         recompute_blocks(model)
-    if objective.needs_teacher and not mapped and folder.task != "text-generation":
+    cache = job.cache(mapped)
+    if objective.needs_teacher and cache is not None:
+        place = cache.place or job.shelf or work
+        with ranks.first_goes_ahead():
+            teacher.remember_tokens(job.train, place, cache.form, cache.temperature, progress)
+        for judge in judged_by.values():
+            judge.release()  # of those only the heads are still needed
+    elif objective.needs_teacher and not mapped and folder.task != "text-generation":
         with ranks.first_goes_ahead():
             teacher.remember(job.train, job.shelf or work, progress)
 
@@ -338,7 +352,7 @@ def _card(
         card["rounds"] = list(start.history)
     if job is None or result is None:
         return card
-    config = job.config
+    config, use = job.config, job.cache(mapped)
     losses = {
         name: {"weight": weight, "effective_weight": weight * config.temperature ** job.losses[name].temperature_power}
         for name, weight in job.weights.items()
@@ -346,6 +360,7 @@ def _card(
     return {
         **card,
         "losses": losses,
+        "teacher_signal": {"source": "live"} if use is None else use.facts,
         **({"layer_map": list(mapped)} if mapped else {}),
         "config": config.model_dump(mode="json", exclude=NOT_IDENTITY),
         "steps": result.steps,

@@ -5,8 +5,9 @@ A loss says which kinds it takes, and how exactly (:data:`edgestill.distill.loss
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 __all__ = ["INSIDE", "Attention", "Dense", "Embedding", "Hidden", "Labels", "Relations", "Signal", "Sparse"]
@@ -62,6 +63,11 @@ class Sparse:
             self.ids[begin:end], self.log_probs[begin:end], self.tail[begin:end], self.temperature, self.vocab_size,
             part(self.sampled_ids), part(self.sampled_log_probs), part(self.sampled_log_weights),
         )  # fmt: skip
+
+    def to(self, device: torch.device) -> Sparse:
+        """The same on another device."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)

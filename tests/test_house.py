@@ -30,8 +30,9 @@ FLOORS = {
     "checkpoints": 1, "torch_models": 1, "model_import": 1, "gguf_import": 1, "gguf_header": 1,
     "gguf_tokenizer": 1, "vocabularies": 1, "data": 1, "data_files": 1, "fetch": 1, "registries": 1, "archives": 1,
     "inspection": 1,
-    "recipe": 0, "recipe_base": 0, "recipe_text": 0, "loss_names": 0, "artifact": 0, "grids": 0, "ggml_grids": 0,
-    "recipe_teaching": 0, "recipe_training": 0, "recipe_student": 0, "errors": 0, "files": 0, "progress": 0, "": 0,
+    "recipe": 0, "recipe_base": 0, "recipe_cache": 0, "recipe_teaching": 0, "recipe_training": 0, "recipe_student": 0,
+    "recipe_text": 0, "loss_names": 0, "artifact": 0, "grids": 0, "ggml_grids": 0, "errors": 0, "files": 0,
+    "progress": 0, "": 0,
 }  # fmt: skip
 DEVICE_SIDE = (
     "session", "worker", "protocol", "scoring", "memory", "timing", "ort_session", "llamacpp", "coreml_session", "mil",

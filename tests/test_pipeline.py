@@ -19,6 +19,7 @@ from edgestill.bench.records import read_measurements
 from edgestill.errors import RecipeError, UsageError
 from edgestill.files import hash_tree
 from edgestill.pipeline import RunConfig, rebuild_report, run_recipe
+from edgestill.plan import plan_recipe
 from edgestill.schemas import FOLDER
 from edgestill.stages import Observer
 
@@ -199,6 +200,31 @@ def test_a_decoder_as_it_is(tiny_llama: Path, text: Path, tmp_path: Path) -> Non
     numbers = {artifact.name: artifact.metrics for artifact in result.artifacts}
     assert numbers["onnx-fp32"]["kl@words"] < 1e-5
     assert numbers["gguf-q8_0"]["decode_tokens_per_s"] > 0
+
+
+def test_recipes_share_a_teacher_cache_that_lies_beside_them(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    place = tmp_path / "recipes"
+    place.mkdir()
+    recipe = write_recipe(place, tiny_llama, text, loss=LOGITS_LOSS)
+    first = recipe.read_text().replace("threads = 1\n", "threads = 1\nmax_steps = 2\n", 1)
+    first += '[distill.cache]\ntop_k = 8\npath = "caches"\n'
+    recipe.write_text(first)
+    needed = plan_recipe(recipe, tmp_path / "runs").disk_bytes
+    recipe.write_text(first.replace("top_k = 8", "top_k = 64"))
+    assert plan_recipe(recipe, tmp_path / "runs").disk_bytes == pytest.approx(needed + 96 * 32 * 4 * 56)
+    recipe.write_text(first)
+    run_recipe(RunConfig(recipe, tmp_path / "a", until="student"))
+    (cache,) = (place / "caches").iterdir()
+    before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    recipe.write_text(first.replace("layers = 2", "layers = 3"))
+    run_recipe(RunConfig(recipe, tmp_path / "b", until="student"))
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == before
+    # Where it lies does not change the student: nothing is done again.
+    shutil.move(place / "caches", place / "moved")
+    recipe.write_text(first.replace('"caches"', '"moved"'))
+    stages = Stages()
+    run_recipe(RunConfig(recipe, tmp_path / "a", until="student"), stages)
+    assert "student" in stages.skipped
 
 
 def test_a_broken_artifact_fails_the_run_after_the_others(

@@ -7,7 +7,7 @@ import pytest
 
 from edgestill.distill import cache
 from edgestill.distill.cache import VectorCache
-from edgestill.errors import BadInput, ResourceExhausted
+from edgestill.errors import BadInput
 
 LENGTHS = np.array([9, 2, 7, 4, 4, 1, 8])
 TABLE = np.arange(21, dtype=np.float32).reshape(7, 3)
@@ -19,7 +19,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _cache(folder: Path, **key: object) -> VectorCache:
-    return VectorCache(folder, {"teacher": "a", **key}, LENGTHS)
+    return VectorCache(folder, {"teacher": "a", **key}, LENGTHS, 3)
 
 
 def test_rows_come_back_by_example(tmp_path: Path):
@@ -30,7 +30,7 @@ def test_rows_come_back_by_example(tmp_path: Path):
         return TABLE[rows]
 
     one = _cache(tmp_path)
-    one.fill(compute, 3, batch_size=2)
+    one.fill(compute, batch_size=2)
     assert asked == [5, 1, 3, 4, 2, 6, 0]  # by length, so that batches hold little padding
     wanted = np.array([6, 0, 5, 3])
     assert np.array_equal(one.rows(wanted), TABLE[wanted])
@@ -46,35 +46,19 @@ def test_a_killed_fill_goes_on_with_the_next_shard(tmp_path: Path):
         return TABLE[rows]
 
     with pytest.raises(Killed):
-        _cache(tmp_path).fill(dies, 3)
+        _cache(tmp_path).fill(dies)
     asked: list[int] = []
     again = _cache(tmp_path)
-    again.fill(lambda rows: (asked.extend(rows), TABLE[rows])[1], 3)
+    again.fill(lambda rows: (asked.extend(rows), TABLE[rows])[1])
     assert asked == [4, 2, 6, 0]
     assert np.array_equal(again.rows(np.arange(7)), TABLE)
 
 
-def test_a_damaged_shard_is_computed_again(tmp_path: Path):
-    _cache(tmp_path).fill(lambda rows: TABLE[rows], 3)
-    shard = next(tmp_path.glob("*/shard-00001.npy"))
-    shard.write_bytes(shard.read_bytes()[:-5])
-    again = _cache(tmp_path)
-    again.fill(lambda rows: TABLE[rows], 3)
-    assert np.array_equal(again.rows(np.arange(7)), TABLE)
-
-
 def test_another_teacher_has_another_folder(tmp_path: Path):
-    assert _cache(tmp_path).folder != _cache(tmp_path, teacher="b").folder
-    assert _cache(tmp_path).folder == _cache(tmp_path).folder
+    assert _cache(tmp_path).store.folder != _cache(tmp_path, teacher="b").store.folder
+    assert _cache(tmp_path).store.folder == _cache(tmp_path).store.folder
 
 
 def test_a_teacher_that_says_nan_is_refused(tmp_path: Path):
     with pytest.raises(BadInput, match="not finite"):
-        _cache(tmp_path).fill(lambda rows: TABLE[rows] * np.nan, 3)
-
-
-def test_no_room_is_said_before_the_teacher_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    usage = type("Usage", (), {"free": 50})
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ResourceExhausted, match="vectors need"):
-        _cache(tmp_path).fill(lambda rows: pytest.fail("ran"), 3)
+        _cache(tmp_path).fill(lambda rows: TABLE[rows] * np.nan)

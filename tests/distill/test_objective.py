@@ -274,4 +274,4 @@ def test_nan_in_the_teacher_is_one_clear_line_that_names_the_weight(encoder: Pat
     state[name][3, 4] = float("nan")
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BadInput, match=r"the teacher .*broken: .*layer\.2\.attention\.self\.key\.weight is not finite"):
-        Teacher(open_model(broken))
+        Teacher(open_model(broken)).load()

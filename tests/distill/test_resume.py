@@ -22,12 +22,13 @@ teacher, place, jobs = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv
 
 import edgestill.distill.run
 from edgestill.data import DataSets, TextSet
-from edgestill.distill import checkpoint, distill, run, trainer
+from edgestill.distill import checkpoint, distill, run, token_cache, trainer
 from edgestill.files import hash_tree
 from edgestill.recipe import DistillConfig, StudentConfig
 
 PLAIN = {"threads": 1, "batch_size": 4, "gradient_accumulation": 2, "max_steps": 14}
 texts = json.loads(sys.argv[4])
+token_cache.SHARD_TOKENS = 300
 data = DataSets((TextSet("words", tuple(texts[:120]), (), tuple(texts[120:]), (), "0" * 64),), ())
 
 
@@ -59,7 +60,7 @@ def arm(kill):
     def progress(message, fraction=None):
         if where == "step" and message.startswith(f"step {value} "):
             die()
-        if where == "teacher" and message.startswith("teacher") and fraction > 0.4:
+        if where == "teacher" and message.startswith("teacher") and (fraction or 0) > 0.4:
             die()
 
     return progress
@@ -162,3 +163,23 @@ def test_killed_at_every_step_with_everything_that_has_a_state(tiny_llama: Path,
     card = json.loads((tmp_path / "stopped-killed" / "out" / "distillation.json").read_text())
     assert card["best_step"] == card["steps"] - 2
     assert card["steps"] < 12
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_killed_run_with_a_teacher_cache_ends_with_the_same_bytes(
+    tiny_llama: Path, tmp_path: Path, sentences: list[str]
+):
+    cache = {"top_k": 16, "tail_samples": 4}
+    config = {"loss": {"forward_kl": 0.9, "jsd": 0.1, "hidden_states": 0.1}, "temperature": 2.0, "save_every": 3}
+    kills = ["teacher:", "teacher:", "step:5", "step:10"]
+    jobs = [
+        {"name": "whole", "config": {**config, "cache": cache}, "kills": []},
+        {"name": "killed", "config": {**config, "cache": cache}, "kills": kills},
+        {"name": "shared", "config": {**config, "cache": {**cache, "path": str(tmp_path / "whole" / "work"),
+                                                          "temperatures": [2.0]}}, "kills": ["step:8"]},
+        {"name": "live", "config": config, "kills": []},
+    ]  # fmt: skip
+    report = _lives(tiny_llama, tmp_path, jobs, sentences)
+    assert report["killed"]["killed"] == [9, 9, 9, 9]
+    assert report["killed"]["hash"] == report["shared"]["hash"] == report["whole"]["hash"] != report["live"]["hash"]
+    assert not any(name.startswith("tokens-") for name in report["shared"]["left"])
