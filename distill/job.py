@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NOT_IDENTITY", "Job", "prepare"]
 
-VERSION = 1
+VERSION = 2
 # Settings that change when checkpoints are written or how fast it goes, and not what comes out.
 # Where a teacher was fetched from says nothing either: its content does. Nor does the place of a cache.
 NOT_IDENTITY: dict[str, Any] = {
