@@ -26,7 +26,7 @@ ASKED = {
     "loss_reference": ("at_most", 1e-6), "chunked_equals_dense": ("at_most", 1e-5), "step_live": ("at_most", 1.05),
     "chunked_memory": ("at_most", 0.35), "trl_ratio": ("at_most", 1.0), "resume_identical": ("at_least", 1.0),
     "minilm_spearman": ("at_least", 0.95), "st_recipe": ("at_least", 0.0), "smollm2_kd_vs_ce": ("at_most", 1.0),
-    "vocab_trim": ("at_least", 0.99),
+    "vocab_trim": ("at_least", 0.99), "step_cached": ("at_most", 1.10), "cache_bytes": ("at_most", 300.0),
 }  # fmt: skip
 SLOW = {"minilm_spearman", "st_recipe", "smollm2_kd_vs_ce"}
 
@@ -162,6 +162,13 @@ def test_sides_that_do_other_work_are_refused(context: Context) -> None:
     assert [len(taken[0]) for taken in samples.values()] == [2 * distill_steps.BLOCKS] * 2
     with pytest.raises(EdgestillError, match="same work"):
         distill_steps._round({"own": Other(2.0), "plain": Other(2.1)}, turns, samples, 0)  # type: ignore[dict-item]
+
+
+def test_cached_sides_run_and_bytes_are_counted(context: Context) -> None:
+    rows = {s.name: measure(s, context) for s in select(["step_cached", "cache_bytes", "cache_reading"])}
+    assert (rows["cache_bytes"].holds, rows["step_cached"].status) == (True, "measured"), rows
+    assert 272 <= rows["cache_bytes"].value < 280  # 64 ids and offsets, 16 bytes of numbers; header and checksums
+    assert rows["cache_reading"].value > 0
 
 
 def test_killed_runs_end_alike(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ CASES: dict[str, tuple[Kind, dict[str, Any]]] = {
     "decoder, forward KL + cross-entropy, accumulated": (
         "decoder", {"loss": {"forward_kl": 0.9, "cross_entropy": 0.1}, "gradient_accumulation": 2},
     ),
+    "decoder, cached teacher": ("decoder", {"loss": {"forward_kl": 1.0}, "cache": {"top_k": 8}}),
     "encoder, remembered vectors": ("encoder", {"loss": {"embedding_cosine": 1.0, "embedding_gram": 1.0}}),
 }  # fmt: skip
 
