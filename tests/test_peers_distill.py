@@ -131,6 +131,7 @@ def test_a_value_that_is_no_number_is_the_worst_error() -> None:
     assert math.isinf(found.value)
 
 
+@pytest.mark.slow
 def test_memory_sides_compute_the_same_loss(context: Context) -> None:
     """Live and cached; each compares value and gradients of both processes itself, and fails where they differ."""
     for name in ("chunked_memory", "chunked_memory_cached"):
@@ -140,6 +141,7 @@ def test_memory_sides_compute_the_same_loss(context: Context) -> None:
         assert row.value > 0
 
 
+@pytest.mark.slow
 def test_step_sides_do_the_same_work(context: Context) -> None:
     """Ours and transformers' Trainer: the figure itself compares the losses of each step."""
     [subject] = select(["step_own"])
@@ -164,6 +166,7 @@ def test_sides_that_do_other_work_are_refused(context: Context) -> None:
         distill_steps._round({"own": Other(2.0), "plain": Other(2.1)}, turns, samples, 0)  # type: ignore[dict-item]
 
 
+@pytest.mark.slow
 def test_cached_sides_run_and_bytes_are_counted(context: Context) -> None:
     rows = {s.name: measure(s, context) for s in select(["step_cached", "cache_bytes", "cache_reading"])}
     assert (rows["cache_bytes"].holds, rows["step_cached"].status) == (True, "measured"), rows
@@ -171,6 +174,7 @@ def test_cached_sides_run_and_bytes_are_counted(context: Context) -> None:
     assert rows["cache_reading"].value > 0
 
 
+@pytest.mark.slow
 def test_killed_runs_end_alike(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(iter(distill_resume.CASES.items()))
     monkeypatch.setattr(distill_resume, "CASES", dict([case]))

@@ -330,7 +330,7 @@ def hashes(run: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("stage", "after"),
     [
-        ("student", 3),
+        pytest.param("student", 3, marks=pytest.mark.slow),
         pytest.param("teacher", 1, marks=pytest.mark.slow),
         pytest.param("student", 1, marks=pytest.mark.slow),
         pytest.param("student", 8, marks=pytest.mark.slow),

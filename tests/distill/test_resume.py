@@ -139,6 +139,7 @@ def test_a_killed_decoder_run_ends_with_the_same_bytes(tiny_llama: Path, tmp_pat
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.slow
 def test_killed_at_every_step_with_everything_that_has_a_state(tiny_llama: Path, tmp_path: Path, sentences: list[str]):
     config = {
         "loss": {"forward_kl": 1.0}, "max_steps": 6, "save_every": 1, "ema": 0.9, "evaluate_every": 1, "patience": 2,

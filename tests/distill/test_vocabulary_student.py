@@ -277,6 +277,7 @@ def test_a_trimmed_student_is_exported_to_every_format(trimmed: Path, tmp_path: 
     opened.close()
 
 
+@pytest.mark.slow
 def test_a_trimmed_decoder_is_judged_on_its_own_ids(wordy: Path, sentences: list[str], tmp_path: Path):
     """Beside an artifact of the whole teacher, which reads its own."""
     result = _run(tmp_path, wordy, sentences, "onnx:fp32", student='layers = 2\nvocabulary = "corpus"',
