@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import divergences
-from .rows import log_rows, student_buckets, valid, wide
+from .dense_kl import dense_forward_kl
+from .rows import dense_rows, log_rows, student_buckets, valid, wide
 from .signal import Dense, Labels, Sparse
 
 __all__ = [
@@ -38,6 +39,8 @@ def forward_kl(student: Tensor, signal: Dense | Sparse, mask: Tensor) -> Tensor:
     """
     if isinstance(signal, Sparse) and signal.sampled_ids is not None:
         return _sampled_kl(student, signal, mask) * signal.temperature**2
+    if isinstance(signal, Dense):
+        return dense_forward_kl(*dense_rows(student, signal, mask), signal.temperature) * signal.temperature**2
     return divergences.kl(*log_rows(student, signal, mask)) * signal.temperature**2
 
 

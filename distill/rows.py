@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import BadInput
 from .signal import Dense, Sparse
 
-__all__ = ["log_rows", "student_buckets", "valid", "wide"]
+__all__ = ["dense_rows", "log_rows", "student_buckets", "valid", "wide"]
 
 
 def valid(values: Tensor, mask: Tensor) -> Tensor:
@@ -25,23 +25,29 @@ def wide(values: Tensor) -> Tensor:
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
+def dense_rows(student: Tensor, signal: Dense, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """``(teacher, student)`` logits ``[N, V]`` over the true vocabulary, at least fp32."""
+    ours, theirs = (wide(valid(logits, mask)[..., : signal.vocab_size]) for logits in (student, signal.logits))
+    if theirs.shape != ours.shape:
+        raise BadInput(
+            f"the teacher has {theirs.shape[-1]} logits, the student {ours.shape[-1]}",
+            hint="both need the tokenizer's vocabulary",
+        )
+    return theirs.detach(), ours
+
+
 def log_rows(student: Tensor, signal: Dense | Sparse, mask: Tensor) -> tuple[Tensor, Tensor]:
     """``(teacher_log, student_log)``, each ``[N, M]`` log-probabilities at the signal's temperature, at least fp32.
 
     ``student`` logits [..., V]. M is V for a dense signal, and k + 1 for a sparse one: its k tokens, then all others
     together. Only the student's carries a gradient.
     """
-    logits = wide(valid(student, mask)[..., : signal.vocab_size])
     if isinstance(signal, Dense):
+        teacher, logits = dense_rows(student, signal, mask)
         with torch.no_grad():
-            teacher = wide(valid(signal.logits, mask)[..., : signal.vocab_size])
-            if teacher.shape != logits.shape:
-                raise BadInput(
-                    f"the teacher has {teacher.shape[-1]} logits, the student {logits.shape[-1]}",
-                    hint="both need the tokenizer's vocabulary",
-                )
             teacher_log = _log_softmax(teacher, signal.temperature)
         return teacher_log, _log_softmax(logits, signal.temperature)
+    logits = wide(valid(student, mask)[..., : signal.vocab_size])
     with torch.no_grad():
         parts = [valid(signal.log_probs, mask), valid(signal.tail, mask).unsqueeze(-1)]
         # Once more normalised: stored in half precision, the masses would add up to 1.001 or 0.999, and a divergence
