@@ -59,11 +59,13 @@ def log_rows(student: Tensor, signal: Dense | Sparse, mask: Tensor) -> tuple[Ten
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """``log_softmax(logits / temperature)``, an order of magnitude nearer to the exact one in fp32.
 
-    torch subtracts ``max + log Σ`` from each logit at once, and so rounds at the size of the logits, which is what a
-    small divergence is made of. With the largest logit taken out first it rounds at the size of the result.
+    torch's own adds up a large vocabulary one after another and rounds at the size of the logits, which is what a small
+    divergence is made of. Here the sum is pairwise, and the largest logit is taken out first.
     """
     centred = logits - logits.detach().amax(-1, keepdim=True)
-    return F.log_softmax(centred / temperature if temperature != 1 else centred, dim=-1)
+    if temperature != 1:
+        centred = centred / temperature
+    return centred - centred.logsumexp(-1, keepdim=True)
 
 
 def student_buckets(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
