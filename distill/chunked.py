@@ -18,8 +18,8 @@ from ..errors import Unsupported
 __all__ = ["chunk_rows", "chunked_head"]
 
 CHUNK_BYTES = 18 << 20
-"""Most bytes of one chunk's logits; about seven such blocks are alive at once. Each chunk walks once through the gradient
-of the head, so that smaller ones cost time."""
+"""Most bytes of one chunk's logits; about seven such blocks are alive at once. Each chunk walks once through the
+gradient of the head, so that smaller ones cost time."""
 
 ChunkLoss = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
 """``(logits [n, V], begin, end) -> (loss, raw components [k])`` of the rows ``begin:end``."""
@@ -73,7 +73,10 @@ class _ChunkedHead(torch.autograd.Function):
             if grads[0] is not None:
                 torch.mm(slope, weight, out=grads[0][begin : begin + rows])
             if grads[1] is not None:
-                grads[1].addmm_(slope.T, block)
+                if begin == 0:
+                    torch.mm(slope.T, block, out=grads[1])
+                else:
+                    grads[1].addmm_(slope.T, block)
             if grads[2] is not None:
                 grads[2].add_(slope.sum(0))
         ctx.save_for_backward(*grads)
