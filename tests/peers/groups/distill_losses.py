@@ -65,7 +65,8 @@ def loss_reference(context: Context, variant: str) -> Taken:
     how = (
         f"largest over {len(errors)} settings of {len(LOSSES)} losses against scipy in float64 (worst: {worst.what}), "
         f"and {len(beside)} settings of jsd against TRL {version}'s generalized_jsd_loss in float64 (worst "
-        f"{max(beside).value:.2g}; in fp32 TRL's own is {rounded:.2g} away from that); vocabulary {vocab_size:,}; relative where a value is above 1"
+        f"{max(beside).value:.2g}; in fp32 TRL's own is {rounded:.2g} away from that); vocabulary {vocab_size:,}; "
+        "relative where a value is above 1"
     )
     return Taken(worst.value, how)
 

@@ -1,4 +1,4 @@
-"""``jsd_trl.py IN.npz OUT.npz``: TRL's own ``generalized_jsd_loss`` of given logits, a value a token, in float64 and fp32."""
+"""``jsd_trl.py IN.npz OUT.npz``: TRL's own ``generalized_jsd_loss`` a value a token, in float64 and fp32."""
 
 import os
 import sys
