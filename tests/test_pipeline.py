@@ -156,6 +156,7 @@ def test_nothing_is_done_twice(finished: tuple[Path, Any]) -> None:
     assert "Core ML" in before
 
 
+@pytest.mark.slow
 def test_a_changed_bench_measures_again_but_makes_nothing_again(finished: tuple[Path, Any], tmp_path: Path) -> None:
     folder, _ = finished
     shutil.copytree(folder / "runs", tmp_path / "runs")
