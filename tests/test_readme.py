@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 
 from edgestill import cli
+from edgestill.recipe import parse_recipe
 from edgestill.schemas import FOLDER
 
 ROOT = Path(__file__).parent.parent
@@ -58,3 +59,22 @@ def test_links_lead_somewhere() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def examples() -> list[str]:
+    """Each toml block of the page on distillation; what is commented out in it counts, too."""
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/distillation.md").read_text(), re.DOTALL)
+    written = []
+    for block in blocks:
+        losses = re.findall(r"^(?:# )?(loss = .*?\})", block, re.MULTILINE)
+        written += [block, *(f"[distill]\n{loss}" for loss in losses)]
+    return written
+
+
+@pytest.mark.parametrize("example", examples())
+def test_every_example_of_the_page_on_distillation_is_a_valid_recipe(example: str) -> None:
+    head = 'name = "example"\n[teacher]\nsource = "model"\n'
+    text = '[[data.text]]\nname = "words"\nsource = "words.txt"\ntrain = 10\n'
+    loss = "" if "[distill]\n" in example else "[distill]\nloss = { forward_kl = 1.0 }\n"
+    recipe = parse_recipe(head + text + loss + example, Path("example.toml"))
+    assert recipe.distill is not None
