@@ -16,8 +16,9 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_va
 
 from .errors import BadInput, RecipeError, nearest
 from .loss_names import LOSS_NAMES, parse_loss
-from .recipe_base import Positive, PositiveFloat, Source, Strict, TeacherConfig, Weight
+from .recipe_base import Name, Positive, PositiveFloat, Source, Strict, TeacherConfig, Weight
 from .recipe_cache import CacheConfig
+from .recipe_export import ExportConfig
 from .recipe_student import StudentConfig
 from .recipe_teaching import ExtraTeacherConfig, OnPolicyConfig, SequenceConfig
 from .recipe_training import CorrectionConfig, LoraConfig
@@ -42,7 +43,6 @@ __all__ = [
 RECIPES = Path(__file__).parent / "recipes"
 
 TaskName = Literal["feature-extraction", "text-classification", "text-generation"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 def _full_loss_name(text: str) -> str:
@@ -56,13 +56,6 @@ def _full_loss_name(text: str) -> str:
 WeightedLoss = Annotated[str, AfterValidator(_full_loss_name)]
 
 LAYER_MAPS = ("last", "skip", "kept", "cka")
-
-# The variants each writer knows, in the order in which help texts list them.
-QUANTISATIONS: dict[str, tuple[str, ...]] = {
-    "onnx": ("fp32", "fp16", "int8", "int4", "int8-dynamic", "int8-dynamic-per-channel"),
-    "gguf": ("f32", "f16", "q8_0", "q4_k_m", "q4_0"),
-    "coreml": ("fp16", "int8"),
-}
 
 
 class TextConfig(Source):
@@ -229,45 +222,6 @@ class DistillConfig(Strict):
         if not any(value.values()):
             raise ValueError("needs at least one loss with a weight above 0")
         return value
-
-
-class ExportConfig(Strict):
-    """`[[export]]`: one artifact."""
-
-    to: str
-    """`FORMAT:QUANTISATION`, e.g. `onnx:int4`, `gguf:q4_k_m`, `coreml:int8`."""
-    name: Name | None = None
-    """folder name; by default `FORMAT-QUANTISATION`."""
-    of: Literal["student", "teacher"] = "student"
-    """which model to export (the teacher serves as a baseline in the same runtime)."""
-    context_length: Positive | None = None
-    """most tokens that the artifact takes; by default what the model allows (Core ML: at most 2,048)."""
-
-    @field_validator("to")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        form, _, quantisation = value.partition(":")
-        if form not in QUANTISATIONS:
-            raise ValueError(f"unknown format {form!r} in {value!r}; {nearest(form, list(QUANTISATIONS))}")
-        if quantisation not in QUANTISATIONS[form]:
-            known = QUANTISATIONS[form]
-            raise ValueError(f"unknown quantisation {quantisation!r} in {value!r}; {nearest(quantisation, known)}")
-        return value
-
-    @property
-    def format(self) -> str:
-        """`onnx`, `gguf` or `coreml`."""
-        return self.to.partition(":")[0]
-
-    @property
-    def quantisation(self) -> str:
-        """What comes after the colon."""
-        return self.to.partition(":")[2]
-
-    @property
-    def variant(self) -> str:
-        """The artifact's folder name."""
-        return self.name or ("" if self.of == "student" else "teacher-") + self.to.replace(":", "-")
 
 
 class BenchConfig(Strict):

@@ -7,7 +7,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
-    "NotNegative", "Positive", "PositiveFloat", "Sha256", "Share", "Source", "Strict", "TeacherConfig", "Weight",
+    "Name", "NotNegative", "Positive", "PositiveFloat", "Sha256", "Share", "Source", "Strict", "TeacherConfig",
+    "Weight",
 ]  # fmt: skip
 
 Positive = Annotated[int, Field(gt=0, strict=True)]
@@ -15,6 +16,7 @@ PositiveFloat = Annotated[float, Field(gt=0, strict=True)]
 Weight = Annotated[float, Field(ge=0, strict=True)]
 NotNegative = Annotated[int, Field(ge=0, strict=True)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 

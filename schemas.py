@@ -68,9 +68,9 @@ def generate() -> dict[str, Mapping[str, Any]]:
 
 def recipe_reference() -> str:
     """``docs/recipe.md``: every section with every key, its type, default and meaning."""
-    from . import recipe, recipe_student, recipe_teaching, recipe_training
+    from . import quantisation, recipe, recipe_student, recipe_teaching, recipe_training
 
-    variants = ", ".join(f"`{form}:{name}`" for form, names in recipe.QUANTISATIONS.items() for name in names)
+    variants = ", ".join(f"`{form}:{name}`" for form, names in quantisation.QUANTISATIONS.items() for name in names)
     parts = [_INTRO.format(variants=variants), _section("At the top", recipe.Recipe)]
     sections = {
         "`[teacher]`": recipe.TeacherConfig, "`[student]`": recipe.StudentConfig,

@@ -47,7 +47,7 @@ def made(limit: float | None = None, sense: registry.Sense = "at_most", take: An
 
 def test_every_figure_that_was_asked_for_is_there() -> None:
     assert set(FIRST) <= set(registry.FIGURES)
-    from edgestill.recipe import QUANTISATIONS
+    from edgestill.quantisation import QUANTISATIONS
 
     shipped = {f"{form}:{q}" for form, names in QUANTISATIONS.items() for q in names}
     assert set(export.VARIANTS) <= shipped

@@ -120,7 +120,7 @@ def test_activation_of_each_runtime(form, grid, kind):
 
 
 def test_every_quantisation_of_a_recipe_has_a_ceiling():
-    from edgestill.recipe import QUANTISATIONS
+    from edgestill.quantisation import QUANTISATIONS
 
     for names in QUANTISATIONS.values():
         for name in names:

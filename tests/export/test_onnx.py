@@ -14,7 +14,8 @@ from edgestill.errors import BadInput, ResourceExhausted, UsageError
 from edgestill.export import export, writer
 from edgestill.export.onnx import write
 from edgestill.files import hash_file
-from edgestill.recipe import QUANTISATIONS, ExportConfig
+from edgestill.quantisation import QUANTISATIONS
+from edgestill.recipe import ExportConfig
 from edgestill.runtimes.onnx_reader import OnnxFile
 from edgestill.runtimes.ort_session import OrtSession
 from edgestill.runtimes.payload_onnx import histogram

@@ -13,7 +13,8 @@ from edgestill.errors import BadInput, Unsupported
 from edgestill.export import export
 from edgestill.export.writer import Weights
 from edgestill.grids import dequantise_affine, quantise_affine
-from edgestill.recipe import QUANTISATIONS, ExportConfig
+from edgestill.quantisation import QUANTISATIONS
+from edgestill.recipe import ExportConfig
 from edgestill.runtimes.payload_onnx import OnnxPayload
 
 
