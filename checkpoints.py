@@ -1,6 +1,7 @@
 """Model folders: a plain Transformers folder (config, safetensors, tokenizer) plus ``edgestill.json``.
 
-Here stands what needs no torch: the table of architectures, the description of a folder and the checks of its files.
+Here stands what needs no torch: the description of a folder and the checks of its files. The table of architectures
+(``architectures.py``) is importable from here, too.
 ``prepare_model`` (``model_import.py``), ``load_torch``, ``load_tokenizer``, ``save_model`` and ``SentenceEncoder``
 (``torch_models.py``) are importable from here and bring torch in only when they are used::
 
@@ -19,10 +20,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+from .architectures import (
+    ARCHITECTURES,
+    DECODER_TASKS,
+    ENCODER_TASKS,
+    Architecture,
+    complete_config,
+    find_architecture,
+)
 from .artifact import Pooling, Task
-from .errors import BadInput, Unsupported
+from .errors import BadInput
 from .files import hash_tree, read_json
 
 if TYPE_CHECKING:
@@ -31,6 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ARCHITECTURES",
+    "DECODER_TASKS",
+    "ENCODER_TASKS",
     "FACTS_FILE",
     "WEIGHTS_FILE",
     "Architecture",
@@ -49,8 +60,6 @@ __all__ = [
 FACTS_FILE = "edgestill.json"
 WEIGHTS_FILE = "model.safetensors"
 SCHEMA_VERSION = 1
-ENCODER_TASKS: tuple[Task, ...] = ("feature-extraction", "text-classification")
-DECODER_TASKS: tuple[Task, ...] = ("text-generation",)
 
 # Bytes of one element, for every dtype that safetensors can hold.
 _ITEM_BYTES = {
@@ -58,50 +67,6 @@ _ITEM_BYTES = {
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 _MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What has to be known about one ``model_type``: where things lie, and how its config calls them.
-
-    ``layers`` and ``embeddings`` are state dict paths below the base model (``AutoModel``); a model with a head has
-    the base model under ``base``. ``position_offset`` is how many of ``max_position_embeddings`` no token can use
-    (RoBERTa counts positions from ``padding_idx + 1``). ``has_pooler``: ``AutoModel`` takes ``add_pooling_layer``.
-    """
-
-    family: Literal["encoder", "decoder"]
-    tasks: tuple[Task, ...]
-    base: str
-    layers: str
-    embeddings: str
-    layers_key: str = "num_hidden_layers"
-    hidden_key: str = "hidden_size"
-    heads_key: str = "num_attention_heads"
-    ffn_key: str = "intermediate_size"
-    position_offset: int = 0
-    has_pooler: bool = False
-
-
-def _encoder(base: str, **changes: Any) -> Architecture:
-    return Architecture("encoder", ENCODER_TASKS, base, **{"layers": "encoder.layer", "embeddings": _WORDS, **changes})
-
-
-_WORDS = "embeddings.word_embeddings.weight"
-_LLAMA = Architecture("decoder", DECODER_TASKS, "model", "layers", "embed_tokens.weight")
-_DISTILBERT = {"layers_key": "n_layers", "hidden_key": "dim", "heads_key": "n_heads", "ffn_key": "hidden_dim"}
-
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "bert": _encoder("bert", has_pooler=True),
-    "distilbert": _encoder("distilbert", layers="transformer.layer", **_DISTILBERT),
-    "electra": _encoder("electra"),
-    "mpnet": _encoder("mpnet", position_offset=2, has_pooler=True),
-    "roberta": _encoder("roberta", position_offset=2, has_pooler=True),
-    "xlm-roberta": _encoder("roberta", position_offset=2, has_pooler=True),
-    "llama": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-}
-"""Every supported ``model_type``; what is not here is :class:`Unsupported`."""
 
 
 @dataclass(frozen=True)
@@ -153,25 +118,6 @@ class TensorHeader:
 
     dtype: str
     shape: tuple[int, ...]
-
-
-def find_architecture(config: Mapping[str, Any], where: Path, task: str | None = None) -> Architecture:
-    """The table's row for a config; :class:`Unsupported` when the model type or its ``task`` is not in it."""
-    model_type = config.get("model_type")
-    known = ", ".join(sorted(ARCHITECTURES))
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        own_code = " (it brings its own Python code, which is never run)" if config.get("auto_map") else ""
-        raise Unsupported(f"{where}: unsupported architecture {model_type!r}{own_code}", hint=f"supported: {known}")
-    row = ARCHITECTURES[model_type]
-    if task is not None and task not in row.tasks:
-        able = sorted(name for name, other in ARCHITECTURES.items() if task in other.tasks)
-        hint = f"{task} works with {', '.join(able)}" if able else f"tasks: {', '.join(get_args(Task))}"
-        raise Unsupported(f"{where}: task {task!r} is not supported for {model_type}", hint=hint)
-    if config.get("quantization_config"):
-        raise Unsupported(f"{where}: the checkpoint is quantised", hint="use the float checkpoint it was made from")
-    if config.get("use_sliding_window"):
-        raise Unsupported(f"{where}: sliding-window attention", hint="use a model with full attention")
-    return row
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorHeader]:
@@ -268,16 +214,16 @@ def open_model(folder: Path) -> ModelFolder:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a folder, which must be an object."""
+    """``config.json`` of a folder, which must be an object, with what its class takes for granted written out."""
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise BadInput(f"{folder / 'config.json'} is not an object", hint="it is not a Transformers config")
-    return config
+    return complete_config(config)
 
 
 def check_sizes(config: Mapping[str, Any], row: Architecture, tensors: Mapping[str, TensorHeader], where: Path) -> None:
     """Compare the config's numbers with the stored tensors, so that a forged one can't make us allocate."""
-    for key in ("vocab_size", row.layers_key, row.hidden_key, row.heads_key, row.ffn_key, "max_position_embeddings"):
+    for key in row.size_keys:
         value = config.get(key)
         if type(value) is not int or not 0 < value < 1 << 31:
             raise BadInput(f"{where / 'config.json'}: {key} is {value!r}", hint="expected a positive whole number")
@@ -302,7 +248,7 @@ def check_sizes(config: Mapping[str, Any], row: Architecture, tensors: Mapping[s
 
 def positions(config: Mapping[str, Any], row: Architecture) -> int:
     """The longest input, in tokens, that the model has positions for."""
-    return int(config["max_position_embeddings"]) - row.position_offset
+    return int(config[row.positions_key]) - row.position_offset
 
 
 def _max_length(facts: Mapping[str, Any], config: Mapping[str, Any], row: Architecture, folder: Path) -> int:

@@ -62,7 +62,7 @@ class Widths:
         """What a config says."""
         hidden, heads = int(config[row.hidden_key]), int(config[row.heads_key])
         size = int(config.get("head_dim") or hidden // heads)
-        matrices = 3 if row.family == "decoder" else 2  # those of a gated FFN, of a plain one
+        matrices = 3 if row.gated else 2
         groups = int(config.get("num_key_value_heads") or heads)
         return cls(int(config[row.ffn_key]), matrices * hidden, heads, groups, hidden * size)
 

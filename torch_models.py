@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .architectures import ARCHITECTURES, complete_config
 from .artifact import Pooling, Task
 from .checkpoints import (
-    ARCHITECTURES,
     FACTS_FILE,
     SCHEMA_VERSION,
     WEIGHTS_FILE,
@@ -294,8 +294,9 @@ def write_folder(model: nn.Module, tokenizer: Any, folder: Path, facts: ModelFol
     inner: Any = model.encoder if isinstance(model, SentenceEncoder) else model
     config = {key: value for key, value in inner.config.to_diff_dict().items() if key not in _LOCAL_CONFIG_KEYS}
     row = ARCHITECTURES[config["model_type"]]
-    for key in (row.layers_key, row.hidden_key, row.heads_key, row.ffn_key, "vocab_size", "max_position_embeddings"):
+    for key in row.size_keys:
         config[key] = getattr(inner.config, key)  # a diff leaves out what happens to be the default
+    config = complete_config(config)
     config["tie_word_embeddings"] = bool(getattr(inner.config, "tie_word_embeddings", False))
     config.update(architectures=[type(inner).__name__], dtype="float32")
     if facts.task == "text-classification":

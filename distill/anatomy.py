@@ -38,11 +38,19 @@ Part = Literal["embedding", "attention", "ffn", "other"]
 class Slice:
     """One matrix of a layer whose ``axis`` counts neurons (``ffn``), query heads or key-value heads times head size.
 
-    ``axis`` 0: each is some rows of ``weight`` (and entries of ``bias``); 1: some columns, the bias stays whole.
+    ``qkv`` counts all heads of one matrix for queries, keys and values, in this order. ``axis`` 0: each is some rows of
+    ``weight`` (and entries of ``bias``); 1: some columns, the bias stays whole. ``turned``: the weight is stored as
+    columns by rows (Conv1D).
     """
 
-    what: Literal["ffn", "query", "kv"]
+    what: Literal["ffn", "query", "kv", "qkv"]
     axis: Literal[0, 1]
+    turned: bool = False
+
+    @property
+    def stored_axis(self) -> int:
+        """The axis of the weight as it is stored."""
+        return 1 - self.axis if self.turned else self.axis
 
 
 _GATED = {
@@ -66,11 +74,18 @@ _DISTILBERT = {
     "attention.out_lin": Slice("query", 1),
 }  # fmt: skip
 
+_GPT2 = {
+    "mlp.c_fc": Slice("ffn", 0, turned=True), "mlp.c_proj": Slice("ffn", 1, turned=True),
+    "attn.c_attn": Slice("qkv", 0, turned=True), "attn.c_proj": Slice("query", 1, turned=True),
+}  # fmt: skip
+
 SLICES: Mapping[str, Mapping[str, Slice]] = {
     "bert": _BERT, "electra": _BERT, "roberta": _BERT, "xlm-roberta": _BERT, "mpnet": _MPNET,
-    "distilbert": _DISTILBERT, "llama": _GATED, "qwen2": _GATED, "qwen3": _GATED,
+    "distilbert": _DISTILBERT, "llama": _GATED, "qwen2": _GATED, "qwen3": _GATED, "gemma3_text": _GATED, "gpt2": _GPT2,
 }  # fmt: skip
 """Model type -> module inside a layer -> how it is sliced."""
+
+_POSITIONS = ("transformer.wpe.weight",)  # tables of positions that no module called embeddings holds
 
 
 @dataclass(frozen=True)
@@ -100,7 +115,8 @@ def part_of(folder: ModelFolder, name: str) -> tuple[Part, int | None, Slice | N
     """For a stored tensor: the group it is counted in, its layer, and how it is sliced (``None``: not at all)."""
     prefix = f"{folder.layers_path}."
     if not name.startswith(prefix):
-        table = name == folder.embeddings_path or name.startswith("lm_head.") or "embeddings." in name
+        tables = (folder.embeddings_path, *_POSITIONS)
+        table = name in tables or name.startswith("lm_head.") or "embeddings." in name
         return ("embedding" if table else "other"), None, None
     number, _, inside = name.removeprefix(prefix).partition(".")
     module, _, kind = inside.rpartition(".")
@@ -117,7 +133,8 @@ def count_parameters(folder: ModelFolder, keep: tuple[int, ...], widths: Widths)
     ``other``: norms of the layers, pooler, classifier.
     """
     size = head_size(folder)
-    planned = {"ffn": widths.ffn, "query": widths.heads * size, "kv": widths.kv_heads * size}
+    planned = {"ffn": widths.ffn, "query": widths.heads * size, "kv": widths.kv_heads * size,
+               "qkv": (widths.heads + 2 * widths.kv_heads) * size}  # fmt: skip
     counts: dict[Part, int] = {"embedding": 0, "attention": 0, "ffn": 0, "other": 0}
     for name, tensor in read_safetensors_header(folder.path / WEIGHTS_FILE).items():
         group, layer, found = part_of(folder, name)
@@ -125,7 +142,7 @@ def count_parameters(folder: ModelFolder, keep: tuple[int, ...], widths: Widths)
             continue
         shape = list(tensor.shape)
         if found is not None:
-            shape[found.axis] = planned[found.what]
+            shape[found.stored_axis if len(shape) > 1 else 0] = planned[found.what]
         if name == folder.embeddings_path or name.startswith("lm_head."):
             shape[0] = widths.vocab_size
         counts[group] += math.prod(shape)

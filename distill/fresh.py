@@ -43,7 +43,7 @@ def fresh_student(path: Path, teacher: ModelFolder, out: Path, *, seed: int = 0)
     if teacher.pooling is not None:
         wrapped = SentenceEncoder(model, teacher.pooling, teacher.normalize).eval()
     row = ARCHITECTURES[config["model_type"]]
-    positions = int(model.config.max_position_embeddings) - row.position_offset
+    positions = int(getattr(model.config, row.positions_key)) - row.position_offset
     return save_model(
         wrapped, load_tokenizer(teacher.path), out, teacher, max_length=min(teacher.max_length, positions)
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Attention heads: whole key-value groups go together with their query heads, or query heads go inside every group.
 
 The size of a head stays, so the attention's inner width shrinks. That needs a config with a ``head_dim`` of its own:
-Llama, Qwen2 and Qwen3 have one. BERT, its kin and DistilBERT compute it as ``hidden / heads`` when a config is read
-(Transformers 5 has dropped its own head pruning), so a student with fewer heads would not load: refused.
+Llama, Qwen2, Qwen3 and Gemma 3 have one. BERT, its kin, DistilBERT and GPT-2 compute it as ``hidden / heads`` when a
+config is read (Transformers 5 has dropped its own head pruning), so a student with fewer heads would not load: refused.
 """
 
 from __future__ import annotations
@@ -55,11 +55,18 @@ def resolve_heads(folder: ModelFolder, heads: int | None, kv_heads: int | None) 
             f"[student] heads = {queries} can't be shared by {groups} groups of the teacher's {each} query heads",
             hint=f"a multiple of {groups}, at most {most}",
         )
-    if (queries, groups) != (widths.heads, widths.kv_heads) and ARCHITECTURES[folder.architecture].family == "encoder":
+    row = ARCHITECTURES[folder.architecture]
+    if (queries, groups) != (widths.heads, widths.kv_heads) and row.head_size_from_hidden:
         raise Unsupported(
             f"fewer attention heads in {folder.architecture}: its config can't say a head's size, which it takes to be "
             "hidden size / heads, so the student would not load",
             hint="cut `ffn` or `layers` instead",
+        )
+    if row.heads_divide_hidden and folder.hidden_size % queries:
+        raise Unsupported(
+            f"{queries} attention heads in {folder.architecture}: its config is refused unless they divide the hidden "
+            f"size, {folder.hidden_size}",
+            hint="keep a number of heads that does",
         )
     return HeadCounts(queries, groups)
 
@@ -89,7 +96,7 @@ def cut_heads(model: nn.Module, queries: Sequence[Sequence[int]], groups: Sequen
         index = {"query": _rows(chosen, size), "kv": _rows(shared, size)}
         for name, found in table.items():
             if found.what != "ffn":
-                cut_linear(layer.get_submodule(name), index[found.what], found.axis)
+                cut_linear(layer.get_submodule(name), index[found.what], found)
         for module in layer.modules():
             if hasattr(module, "num_key_value_groups"):
                 module.num_key_value_groups = len(chosen) // len(shared)

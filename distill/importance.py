@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..checkpoints import ModelFolder, load_torch
 from ..errors import BadInput
 from ..progress import Progress, silent
-from .anatomy import base_model, blocks, find_module, head_size, teacher_widths
+from .anatomy import SLICES, Slice, base_model, blocks, find_module, head_size, teacher_widths
 from .batches import Batch, Examples, collate
 from .chunked import chunked_head
 from .losses import shift
@@ -146,6 +146,7 @@ def _taylor(
     """Means over batches, each batch's loss being the mean over its tokens or examples."""
     size = head_size(folder)
     ffn, query = find_module(model, "ffn", 1), find_module(model, "query", 1)
+    table = SLICES[folder.architecture]
     sums: list[list[Tensor]] = [[], [], []]
     for number, batch in enumerate(batches):
         progress("measure importance", number / len(batches))
@@ -155,18 +156,18 @@ def _taylor(
         for layer in blocks(model):
             products = [w.detach().double() * w.grad.double() for w in layer.parameters() if w.grad is not None]
             rows[0].append(torch.stack([part.abs().sum() for part in products]).sum())
-            rows[1].append(_columns(layer, ffn).abs())
-            rows[2].append(_columns(layer, query).reshape(-1, size).sum(1).abs())
+            rows[1].append(_columns(layer, ffn, table[ffn]).abs())
+            rows[2].append(_columns(layer, query, table[query]).reshape(-1, size).sum(1).abs())
         for total, row in zip(sums, rows, strict=True):
             stacked = torch.stack(row) / len(batches)
             total[:] = [total[0] + stacked] if total else [stacked]
     return sums[0][0], sums[1][0], sums[2][0]
 
 
-def _columns(layer: nn.Module, name: str) -> Tensor:
+def _columns(layer: nn.Module, name: str, part: Slice) -> Tensor:
     """``sum(w * dL/dw)`` of each column of a layer's matrix."""
     weight: Any = layer.get_submodule(name).weight
-    product: Tensor = (weight.detach().double() * weight.grad.double()).sum(0)
+    product: Tensor = (weight.detach().double() * weight.grad.double()).sum(1 - part.stored_axis)
     return product
 
 

@@ -22,8 +22,6 @@ __all__ = ["Heard", "Taps"]
 
 # Where attention shows itself in families whose attention module never gives it out: a module that it passes through.
 _PASSES_THROUGH = {"mpnet": "dropout"}
-# Families whose queries, keys and values come out of one matrix, in this order.
-_FUSED = {"gpt2": "attn.c_attn"}
 
 
 @dataclass(frozen=True)
@@ -148,9 +146,9 @@ class Taps:
 
 def _projections(family: str) -> tuple[str, ...]:
     """Modules inside a block that make queries, keys and values, in this order; one name where they are fused."""
-    if family in _FUSED:
-        return (_FUSED[family],)
     table = SLICES[family]
+    if fused := [name for name, part in table.items() if part.what == "qkv"]:
+        return tuple(fused)
     queries = [name for name, part in table.items() if (part.what, part.axis) == ("query", 0)]
     others = [name for name, part in table.items() if (part.what, part.axis) == ("kv", 0)]
     return tuple(dict.fromkeys([*queries, *others]))

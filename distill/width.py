@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..checkpoints import ARCHITECTURES
-from .anatomy import SLICES, base_model, blocks, set_everywhere
+from .anatomy import SLICES, Slice, base_model, blocks, set_everywhere
 
 __all__ = ["cut_ffn", "cut_linear"]
 
@@ -24,15 +24,17 @@ def cut_ffn(model: nn.Module, neurons: Sequence[Sequence[int]]) -> None:
     for layer, kept in zip(blocks(model), neurons, strict=True):
         for name, found in table.items():
             if found.what == "ffn":
-                cut_linear(layer.get_submodule(name), torch.tensor(kept), found.axis)
+                cut_linear(layer.get_submodule(name), torch.tensor(kept), found)
     set_everywhere(model, **{ARCHITECTURES[base.config.model_type].ffn_key: len(neurons[0])})
 
 
-def cut_linear(linear: nn.Module, index: torch.Tensor, axis: int) -> None:
-    """Keep the rows (``axis`` 0, with their biases) or columns (1) ``index`` of a linear layer, in place."""
+def cut_linear(linear: nn.Module, index: torch.Tensor, part: Slice) -> None:
+    """Keep the rows (``part.axis`` 0, with their biases) or columns (1) ``index`` of a linear layer, in place."""
     weight: torch.Tensor = linear.get_parameter("weight")
-    linear.weight = nn.Parameter(weight.detach().index_select(axis, index).clone())
-    if axis == 0 and getattr(linear, "bias", None) is not None:
+    linear.weight = nn.Parameter(weight.detach().index_select(part.stored_axis, index).clone())
+    if part.axis == 0 and getattr(linear, "bias", None) is not None:
         linear.bias = nn.Parameter(linear.get_parameter("bias").detach().index_select(0, index).clone())
-    rows, columns = linear.weight.shape
-    linear.out_features, linear.in_features = rows, columns
+    if part.turned:
+        linear.nx, linear.nf = linear.weight.shape
+    else:
+        linear.out_features, linear.in_features = linear.weight.shape

@@ -72,6 +72,15 @@ def _byte_bpe(folder: Path) -> int:
     return len(fast)
 
 
+def _no_layer_is_idle(model: object) -> None:
+    """Norms and biases away from 1 and 0, where a forgotten one would not be seen."""
+    import torch
+
+    for name, parameter in model.named_parameters():  # type: ignore[attr-defined]
+        if "norm" in name or ".ln_" in name or name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, mean=0.0 if name.endswith(".bias") else 0.7, std=0.2)
+
+
 def _describe(folder: Path, **facts: object) -> Path:
     """Write edgestill.json, the facts that a plain Transformers folder has no place for."""
     (folder / "edgestill.json").write_text(json.dumps({"schema_version": 1, "license": "Apache-2.0", **facts}))
@@ -127,4 +136,43 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=0, eos_token_id=2, pad_token_id=2, initializer_range=0.2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
+    return _describe(folder, task="text-generation", max_length=128)
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Gemma 3 decoder: 7 layers, of which the sixth sees all and the others 8 tokens, hidden 64, 4 heads of 16 over 2
+    KV heads, tied, byte-level BPE."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-gemma3"
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=_byte_bpe(folder), hidden_size=64, num_hidden_layers=7, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, intermediate_size=128,
+        max_position_embeddings=128, sliding_window=8, bos_token_id=0, eos_token_id=2, pad_token_id=2,
+        initializer_range=0.2,
+    )  # fmt: skip
+    model = Gemma3ForCausalLM(config)
+    _no_layer_is_idle(model)
+    model.save_pretrained(folder)
+    return _describe(folder, task="text-generation", max_length=128)
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 decoder: 4 layers, hidden 64, 4 heads, learned positions, tied, byte-level BPE."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-gpt2"
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=_byte_bpe(folder), n_embd=64, n_layer=4, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=2,
+        pad_token_id=2, initializer_range=0.2,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    _no_layer_is_idle(model)
+    model.save_pretrained(folder)
     return _describe(folder, task="text-generation", max_length=128)

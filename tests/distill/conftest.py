@@ -79,6 +79,24 @@ def _decoder(name: str) -> Any:
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
+def _gemma3() -> Any:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=40, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48,
+        num_hidden_layers=4, initializer_range=0.2, max_position_embeddings=64, sliding_window=3, pad_token_id=2,
+        query_pre_attn_scalar=8, sliding_window_pattern=2,
+    )  # fmt: skip
+    return Gemma3ForCausalLM(config)
+
+
+def _gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_head=4, n_inner=48, n_layer=4, n_positions=64,
+                                      initializer_range=0.2))  # fmt: skip
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "bert": _bert,
     "roberta": _roberta,
@@ -86,6 +104,8 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "llama": lambda: _decoder("Llama"),
     "qwen2": lambda: _decoder("Qwen2"),
     "qwen3": lambda: _decoder("Qwen3"),
+    "gemma3_text": _gemma3,
+    "gpt2": _gpt2,
 }
 
 

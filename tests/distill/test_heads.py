@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from edgestill.errors import RecipeError, Unsupported
 
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 2, 2]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-DECODERS = ["llama", "qwen2", "qwen3"]
+DECODERS = ["gemma3_text", "llama", "qwen2", "qwen3"]
 # (query heads of each layer, groups of each layer): whole groups, and one query head in each group
 CUTS = [
     ([(2, 3), (0, 1), (2, 3), (2, 3)], [(1,), (0,), (1,), (1,)]),
@@ -102,3 +103,13 @@ def test_an_encoder_refuses_with_the_reason(encoder: Path):
     assert resolve_heads(folder, 4, 4) == HeadCounts(4, 4)
     with pytest.raises(Unsupported, match="would not load"):
         resolve_heads(folder, 2, None)
+
+
+def test_decoders_that_refuse_some_cuts_say_why(tiny_gpt2: Path, tiny_gemma3: Path):
+    with pytest.raises(Unsupported, match="attention heads in gpt2: its config can't say a head's size"):
+        resolve_heads(open_model(tiny_gpt2), 2, None)
+    gemma = open_model(tiny_gemma3)
+    assert resolve_heads(gemma, 2, None) == HeadCounts(2, 2)
+    wide = dataclasses.replace(gemma, config={**gemma.config, "num_attention_heads": 6, "num_key_value_heads": 3})
+    with pytest.raises(Unsupported, match="unless they divide the hidden size, 64"):
+        resolve_heads(wide, 3, None)

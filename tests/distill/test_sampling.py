@@ -33,7 +33,7 @@ def _slowly(model: Any, prompt: tuple[int, ...], count: int, stop: tuple[int, ..
     return tuple(ids[len(prompt) :])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "llama", "qwen2", "qwen3"])
 def test_a_batch_is_continued_as_its_texts_one_by_one(build: Callable[[str], Any], family: str):
     model = build(family)
     slowly = [_slowly(model, prompt, 12) for prompt in PROMPTS]

@@ -75,7 +75,7 @@ def test_cut_layers_keeps_the_right_weights_and_renumbers(model):
     assert bool(torch.isfinite(model(input_ids=IDS, attention_mask=MASK)[0]).all())
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "llama", "qwen2", "qwen3"])
 def test_tied_embeddings_stay_tied(build, family):
     decoder = build(family)
     cut_layers(decoder, (0, 2))
@@ -91,7 +91,7 @@ def test_tied_embeddings_are_written_once_and_tied_when_read(tiny_llama: Path, t
     assert open_model(tmp_path / "out").parameters < open_model(tiny_llama).parameters
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen2", "qwen3"])
 def test_per_layer_lists_are_cut_with_the_same_index(build, family):
     decoder = build(family)
     decoder.config.layer_types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
@@ -100,7 +100,7 @@ def test_per_layer_lists_are_cut_with_the_same_index(build, family):
     type(decoder.config)(**decoder.config.to_dict())  # transformers checks the length when a config is made
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "llama", "qwen3"])
 def test_a_cut_decoder_decodes_with_its_cache_as_without(build, family):
     decoder = build(family)
     cut_layers(decoder, (1, 3))
@@ -116,13 +116,13 @@ def test_block_outputs_are_those_of_the_blocks(model):
     with torch.no_grad():
         output = base_model(model)(input_ids=IDS, attention_mask=MASK, output_hidden_states=True)
         found = tap.take()
-        decoder = hasattr(base_model(model), "norm")
-        last = base_model(model).norm(found[2]) if decoder else found[2]
+        norm = getattr(base_model(model), "norm", None) or getattr(base_model(model), "ln_f", None)
+        last = found[2] if norm is None else norm(found[2])
     tap.remove()
     assert torch.equal(found[0], output.hidden_states[1])  # [0] is the embedding
     assert torch.equal(found[1], output.hidden_states[2])
     assert torch.equal(last, output.last_hidden_state)
-    if decoder:  # what transformers calls the last hidden state comes after the final norm
+    if norm is not None:  # what transformers calls the last hidden state comes after the final norm
         assert not torch.equal(found[2], output.hidden_states[-1])
 
 

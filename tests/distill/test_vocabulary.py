@@ -276,7 +276,7 @@ def test_rows_of_a_model_are_those_of_its_kept_tokens(model: Any):
     assert model.get_input_embeddings().weight.shape[0] == len(keep)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_stays_tied(build: Any, family: str, tied: bool):
     decoder = build(family)

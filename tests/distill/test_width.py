@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from edgestill.checkpoints import ARCHITECTURES
 from edgestill.distill.anatomy import base_model, blocks, find_module
 from edgestill.distill.width import cut_ffn
 
@@ -45,16 +46,17 @@ def test_a_cut_neuron_is_one_whose_activation_is_zero(model):
 def test_config_and_sizes_say_the_new_width_and_the_config_builds_the_same_model(model):
     cut_ffn(model, KEPT)
     config = base_model(model).config
-    assert getattr(config, "intermediate_size", None) == 20 or config.hidden_dim == 20
+    assert getattr(config, ARCHITECTURES[config.model_type].ffn_key) == 20
     for layer in blocks(model):
         last = layer.get_submodule(find_module(model, "ffn", 1))
-        assert (last.in_features, last.weight.shape[1]) == (20, 20)
+        turned = config.model_type == "gpt2"
+        assert (last.nx if turned else last.in_features, last.weight.shape[0 if turned else 1]) == (20, 20)
     fresh = type(model)(type(model.config)(**model.config.to_dict()))
     shapes = {name: tensor.shape for name, tensor in fresh.state_dict().items() if "pooler" not in name}
     assert shapes == {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "llama", "qwen2", "qwen3"])
 def test_tied_embeddings_stay_tied(build, family):
     decoder = build(family)
     cut_ffn(decoder, KEPT)
