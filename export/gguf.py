@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..artifact import Histogram, StoredTensor, TensorSpec
-from ..grids import GGML_GRIDS
+from ..errors import BadInput, Unsupported
+from ..grids import GGML_GRIDS, quantise
 from ..progress import Progress
+from ..quantisation_gguf import FILE_TYPES, parse
+from ..runtimes.ggml_api import quantise_rows
 from ..runtimes.gguf_file import GgufFile, GgufTensor
-from ..runtimes.llamacpp_api import FILE_TYPES, engine, engine_version
-from . import gguf_native
+from ..runtimes.llamacpp_api import engine, engine_version
 from .gguf_layout import Placed, place, rope_factors
-from .gguf_metadata import kv_cache_bytes_per_token, model_metadata
+from .gguf_metadata import Metadata, kv_cache_bytes_per_token, model_metadata
 from .gguf_tokenizer import tokenizer_metadata
+from .gguf_types import FLOATS, Mixture, needs_importance, storage_order, tensor_types
 from .gguf_write import TensorSlot, write_gguf
 from .writer import Draft, Weights, context_length
 
@@ -28,39 +32,51 @@ if TYPE_CHECKING:
 
 __all__ = ["write"]
 
+Floats = npt.NDArray[np.float32]
+
 _ENTRY = "model.gguf"
 _ROPE_FACTORS = "rope_freqs.weight"
-_BLOCKS = {"q8_0": 32, "q4_0": 32, "q4_k_m": 256}
+# Values that are read, quantised and written at a time: memory follows this, not the model.
+_PIECE_VALUES = 1 << 21
 
 
 def write(
-    model: ModelFolder, folder: Path, config: ExportConfig, calibration: Sequence[str], progress: Progress
+    model: ModelFolder,
+    folder: Path,
+    config: ExportConfig,
+    calibration: Sequence[str],
+    progress: Progress,
+    *,
+    types: Mapping[str, str] | None = None,
 ) -> Draft:
-    """Write ``model`` as ``folder/model.gguf`` in ``f32``, ``f16``, ``q8_0``, ``q4_k_m`` or ``q4_0``.
+    """Write ``model`` as ``folder/model.gguf`` in one of :data:`edgestill.quantisation_gguf.FILE_TYPES`.
 
-    Quantised types are made by llama.cpp itself from a float32 file that is removed again. ``calibration`` is not used
-    by these types. Raises :class:`edgestill.errors.Unsupported` for what llama.cpp can't run (architecture, head,
-    activation, tokenizer), :class:`edgestill.errors.MissingDependency` without ``gguf`` or ``llama-cpp-python``.
+    The file is the one that ``llama_model_quantize`` would make of the float32 model, byte for byte, but made piece by
+    piece with GGML's own quantisers. ``types`` gives parameters, by name, another grid (``"q5_k"``, ``"iq4_xs"``):
+    they get exactly that one. Raises :class:`edgestill.errors.Unsupported` for what llama.cpp can't run (architecture,
+    head, activation, tokenizer), :class:`edgestill.errors.UsageError` for a wrong entry in ``types``,
+    :class:`edgestill.errors.BadInput` for weights that are not finite, and
+    :class:`edgestill.errors.MissingDependency` without ``llama-cpp-python``.
     """
     engine()
-    kind = config.quantisation
+    kind = parse(config.quantisation)
     length = context_length(model, config)
     weights = Weights(model.path)
     placed = place(model, {name: weights.shape(name) for name in weights})
+    grids = tensor_types(placed, _mixture(model, kind.base, importance=False), types)
     progress(f"{config.variant}: tokenizer", 0.0)
-    metadata = model_metadata(model, length, FILE_TYPES["f16" if kind == "f16" else "f32"])
+    metadata = model_metadata(model, length, FILE_TYPES[kind.base].number)
     tokenizer = tokenizer_metadata(model, metadata, folder)
     metadata |= tokenizer.metadata
+    if FILE_TYPES[kind.base].grid not in FLOATS:  # where llama_model_quantize puts them
+        for key in ("general.quantization_version", "general.file_type"):
+            metadata[key] = metadata.pop(key)
     target = folder / _ENTRY
-    floats = target if kind in ("f32", "f16") else folder / ".float.gguf"
-    _write_floats(floats, model, metadata, placed, weights, kind == "f16", config.variant, progress)
-    if floats != target:
-        progress(f"{config.variant}: quantising with llama.cpp", 0.6)
-        gguf_native.quantise(floats, target, kind, _threads())
-        floats.unlink()
+    _write_tensors(target, model, metadata, placed, grids, weights, kind.base, config.variant, progress)
     with GgufFile(target) as written:
         histogram = written.histogram()
-        contents = _contents(kind, written.tensors, histogram)
+        _check_types(written, grids)
+        contents = _contents(kind.name, FILE_TYPES[kind.base].grid, written.tensors, histogram)
         if tokenizer.differing_scripts:
             contents += f"; llama.cpp tokenises {', '.join(tokenizer.differing_scripts)} otherwise than Transformers"
         tensors = [
@@ -83,33 +99,62 @@ def write(
     )
 
 
-def _write_floats(
+def _mixture(model: ModelFolder, file_type: str, *, importance: bool) -> Mixture:
+    heads = model.config.get("num_attention_heads") or 1
+    gqa = heads // (model.config.get("num_key_value_heads") or heads) if model.task == "text-generation" else 1
+    return Mixture(file_type, model.architecture, model.layers, gqa, importance)
+
+
+def _write_tensors(
     path: Path,
     model: ModelFolder,
-    metadata: Mapping[str, object],
+    metadata: Metadata,
     placed: Sequence[Placed],
+    grids: Mapping[str, str],
     weights: Weights,
-    half: bool,
+    file_type: str,
     variant: str,
     progress: Progress,
 ) -> None:
-    """Matrices in float16 (``half``) or float32, everything else in float32: what llama.cpp's graphs expect."""
     sources = {item.stored: item for item in placed}
     factors = rope_factors(model) if model.task == "text-generation" else None
-    slots: list[TensorSlot] = [] if factors is None else [(_ROPE_FACTORS, factors.shape, np.float32)]
-    slots += [(i.stored, i.stored_shape, np.float16 if half and i.is_matrix else np.float32) for i in placed]
-    done = 0
+    slots: dict[str, TensorSlot] = {} if factors is None else {_ROPE_FACTORS: (_ROPE_FACTORS, factors.shape, "f32")}
+    slots |= {item.stored: (item.stored, item.stored_shape, grids[item.stored]) for item in placed}
+    order = list(slots) if FILE_TYPES[file_type].grid in FLOATS else storage_order(slots)
+    threads, done = _threads(), 0
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str) -> Iterator[Any]:
         nonlocal done
         done += 1
-        progress(f"{variant}: {name}", 0.1 + 0.5 * done / len(slots))
+        progress(f"{variant}: {name} as {slots[name][2]}", 0.1 + 0.85 * done / len(slots))
         if name == _ROPE_FACTORS:
-            assert factors is not None
-            return factors
-        return sources[name].transform(weights[sources[name].name])
+            yield factors
+            return
+        item, grid = sources[name], grids[name]
+        if needs_importance(name, grid, file_type):
+            raise Unsupported(f"{item.name} in {grid} needs an importance matrix", hint="give calibration texts")
+        for piece in item.pieces(weights.rows, _PIECE_VALUES):
+            yield _encode(item.name, grid, piece, threads)
 
-    write_gguf(path, dict(metadata), slots, read)
+    write_gguf(path, metadata, [slots[name] for name in order], read)
+
+
+def _encode(name: str, grid: str, piece: Floats, threads: int) -> npt.NDArray[Any]:
+    """The stored bytes of some rows of the parameter ``name``."""
+    if not np.isfinite(piece).all():
+        raise BadInput(f"{name} holds NaN or infinite weights", hint="train or convert the model again")
+    if grid == "f32":
+        return np.ascontiguousarray(piece, "<f4")
+    if grid == "f16":
+        if piece.size and np.abs(piece).max() > np.finfo(np.float16).max:
+            raise Unsupported(f"{name} holds weights too large for f16", hint="take bf16, f32 or a quantised type")
+        return quantise("f16", piece)
+    return quantise_rows(grid, piece, None, threads)
+
+
+def _check_types(written: GgufFile, grids: Mapping[str, str]) -> None:
+    wrong = [name for name, grid in grids.items() if written.tensors[name].grid != grid]
+    assert not wrong, wrong
 
 
 def _threads() -> int:
@@ -125,14 +170,14 @@ def _output(model: ModelFolder) -> TensorSpec:
     return TensorSpec("sentence_embedding", "float32", ("batch", model.hidden_size))
 
 
-def _contents(kind: str, tensors: Mapping[str, GgufTensor], histogram: Mapping[str, Histogram]) -> str:
+def _contents(kind: str, grid: str, tensors: Mapping[str, GgufTensor], histogram: Mapping[str, Histogram]) -> str:
     """What is really inside: a label like Q4_K_M is a wish, and tensors with odd rows get another type.
 
-    ``"Q4_K_M: 30 of 272 tensors q4_k, …; 180 fell back to q5_0 (rows not divisible by 256)"``
+    ``"Q4_K_M: 272 tensors: 30 q4_k, …; 180 fell back (180 to q5_0): row size not divisible by 256"``
     """
     found = ", ".join(f"{row.tensors} {name}" for name, row in histogram.items())
     label = f"{kind.upper()}: {len(tensors)} tensors: {found}"
-    block = _BLOCKS.get(kind, 1)
+    block = GGML_GRIDS[grid].elements
     fallen = Counter(
         tensor.grid
         for tensor in tensors.values()

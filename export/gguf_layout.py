@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,10 +88,19 @@ class Placed:
         """Steps from the stored array to the parameter, for ``tensors.json``."""
         return (("rope_unpermute", self.rope_heads),) if self.rope_heads else ()
 
-    def transform(self, weight: Floats) -> Floats:
-        """The parameter as it is stored."""
-        weight = weight[self.skip_rows :]
-        return rope_permute(weight, self.rope_heads) if self.rope_heads else weight
+    def pieces(self, read: Callable[[str, int, int], Floats], most: int) -> Iterator[Floats]:
+        """The parameter as it is stored, in pieces of whole rows, each of about ``most`` values.
+
+        ``read(name, begin, end)`` gives rows of the parameter in the model's own order.
+        """
+        if len(self.shape) < 2:
+            yield read(self.name, self.skip_rows, self.shape[0])
+            return
+        unit = self.shape[0] // self.rope_heads if self.rope_heads else 1  # rows move within a head
+        units = max(1, most // (unit * math.prod(self.shape[1:])))
+        for begin in range(self.skip_rows, self.shape[0], units * unit):
+            rows = read(self.name, begin, min(begin + units * unit, self.shape[0]))
+            yield rope_permute(rows, len(rows) // unit) if self.rope_heads else rows
 
 
 def rope_permute(weight: Floats, heads: int) -> Floats:

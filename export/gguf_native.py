@@ -14,16 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EdgestillError, MissingDependency
-from ..runtimes.llamacpp_api import LlamaModel, quantise_file
+from ..runtimes.llamacpp_api import LlamaModel
 
-__all__ = ["quantise", "tokenise"]
+__all__ = ["tokenise"]
 
 Ids = list[list[int]]
-
-
-def quantise(source: Path, target: Path, file_type: str, threads: int) -> None:
-    """Quantise the float GGUF ``source`` into ``target`` (``q8_0``, ``q4_k_m``, ``q4_0``)."""
-    _ask({"do": "quantise", "source": str(source), "target": str(target), "type": file_type, "threads": threads})
 
 
 def tokenise(
@@ -67,9 +62,6 @@ def _ask(request: dict[str, Any]) -> Any:
 
 
 def _answer(request: dict[str, Any]) -> Any:
-    if request["do"] == "quantise":
-        quantise_file(Path(request["source"]), Path(request["target"]), request["type"], request["threads"])
-        return None
     return [_tokenise(Path(request["path"]), pre, request) for pre in request["candidates"]]
 
 

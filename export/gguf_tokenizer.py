@@ -250,7 +250,7 @@ def _proven(
     """The candidate with which llama.cpp gives Transformers' ids on every text of the corpus, and the scripts on which
     it does not; the first without such a script, else the first."""
     path = scratch / ".vocabulary.gguf"
-    write_gguf(path, metadata, [], lambda name: None)
+    write_gguf(path, metadata, [], lambda name: ())
     try:
         texts = [*_SCRIPTS.values(), *_CORPUS, *_around_special(tokenizer, metadata)]
         plain = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ..artifact import Histogram, StoredTensor, TensorSpec
 from ..errors import BadInput, MissingDependency, ResourceExhausted, UsageError
 from ..files import read_json, safe_join
+from .safetensors_rows import RowReader
 
 if TYPE_CHECKING:
     from ..checkpoints import ModelFolder
@@ -66,6 +67,7 @@ class Weights:
             raise MissingDependency.package("safetensors", "export") from None
         self._folder = folder
         self._files: dict[str, Any] = {}
+        self._readers: dict[Path, RowReader] = {}
         index = folder / "model.safetensors.index.json"
         names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
         for name in names:
@@ -90,13 +92,14 @@ class Weights:
 
     def __getitem__(self, name: str) -> Floats:
         """The parameter as float32, contiguous."""
-        path, opened = self._find(name)
-        if self._slice(name).get_dtype() == "BF16":  # numpy has no such type
-            import safetensors
+        return self.rows(name)
 
-            with safetensors.safe_open(path, framework="pt") as again:
-                return np.ascontiguousarray(again.get_tensor(name).float().numpy())
-        return np.ascontiguousarray(opened.get_tensor(name), dtype=np.float32)
+    def rows(self, name: str, begin: int = 0, end: int | None = None) -> Floats:
+        """Rows ``begin:end`` of the parameter as float32, contiguous: memory follows them, not the file."""
+        path, _ = self._find(name)
+        if path not in self._readers:
+            self._readers[path] = RowReader(path)
+        return self._readers[path].rows(name, begin, end)
 
     def _slice(self, name: str) -> Any:
         return self._find(name)[1].get_slice(name)

@@ -19,13 +19,10 @@ import numpy.typing as npt
 
 from ..errors import BadInput, EdgestillError, MissingDependency, Unsupported
 
-__all__ = ["FILE_TYPES", "LlamaContext", "LlamaModel", "engine", "engine_version", "quantise_file"]
+__all__ = ["LlamaContext", "LlamaModel", "engine", "engine_version"]
 
 Floats = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int32]
-
-FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q4_k_m": 15}
-"""``enum llama_ftype`` of the quantisations that we write."""
 
 KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
 _FLASH = {"auto": -1, "off": 0, "on": 1}
@@ -242,14 +239,3 @@ class LlamaContext:
                 f"llama.cpp failed with code {code} on a batch of {batch.n_tokens} tokens",
                 hint="an id outside the vocabulary, or more tokens than the context holds",
             )
-
-
-def quantise_file(source: Path, target: Path, file_type: str, threads: int) -> None:
-    """Quantise a float GGUF with ``llama_model_quantize``; llama.cpp may abort the process on odd models."""
-    api = engine()
-    params = api.llama_model_quantize_default_params()
-    params.nthread = threads
-    params.ftype = FILE_TYPES[file_type]
-    code = api.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
-    if code != 0:
-        raise EdgestillError(f"llama.cpp can't quantise to {file_type} (code {code})", hint="try q8_0 or f16")
