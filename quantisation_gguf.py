@@ -57,7 +57,8 @@ def parse(name: str) -> GgufQuantisation:
     """
     base = name.removesuffix(_SUFFIX)
     if base not in FILE_TYPES:
-        raise unknown("gguf", name, NAMES)
+        middle = (f"{base}_m",)  # what llama.cpp's own tool means by q4_k
+        raise unknown("gguf", name, middle if middle[0] in FILE_TYPES else NAMES)
     asked = base != name
     if asked and base in _WITHOUT_CHOICE:
         raise ValueError(f"{base} has no use for an importance matrix in 'gguf:{name}'; write {base!r}")
