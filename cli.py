@@ -194,6 +194,8 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder for the artifacts.")] = Path("artifacts"),
     text: Annotated[Path | None, typer.Option(help="Text to verify on (jsonl, csv, parquet, txt).")] = None,
     context_length: Annotated[int | None, typer.Option(help="Most tokens that the artifacts take.")] = None,
+    app: Annotated[str, typer.Option(help="Write a sample for each artifact: python, kotlin, swift (commas).")] = "",
+    app_out: Annotated[Path | None, typer.Option(help="Folder for the samples; by default OUT/app.")] = None,
     threads: Threads = 2,
     as_json: Json = False,
 ) -> int:
@@ -203,7 +205,9 @@ def export(
         from .commands import ExportRequest, export_verified
 
         variants = tuple(filter(None, to.split(",")))
-        return export_verified(ExportRequest(model, variants, out, text, context_length, threads), observer)
+        languages = tuple(filter(None, app.split(",")))
+        request = ExportRequest(model, variants, out, text, context_length, threads, languages, app_out)
+        return export_verified(request, observer)
 
     result = _with_progress(work)
     _emit(result, as_json)

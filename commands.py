@@ -42,7 +42,11 @@ _EXAMPLES = 64
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """Export ``model`` to each of ``to`` (``FORMAT:QUANTISATION``) into ``out/artifacts``, judged on ``text``."""
+    """Export ``model`` to each of ``to`` (``FORMAT:QUANTISATION``) into ``out/artifacts``, judged on ``text``.
+
+    ``app``: languages (``python``, ``kotlin``, ``swift``) to write a sample in for each artifact that passes, into
+    ``out/app/VARIANT/LANGUAGE`` (or below ``app_out``).
+    """
 
     model: Path
     to: tuple[str, ...]
@@ -50,6 +54,8 @@ class ExportRequest:
     text: Path | None = None
     context_length: int | None = None
     threads: int = 2
+    app: tuple[str, ...] = ()
+    app_out: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -136,19 +142,23 @@ def export_verified(request: ExportRequest, observer: Observer) -> ExportResult:
         name="export",
         teacher=TeacherConfig(source=str(request.model.resolve())),
         data=DataConfig(text=(_fitting(request.text),) if request.text else ()),
-        export=tuple(_variant(to, request.context_length) for to in request.to),
+        export=tuple(_variant(to, request.context_length, request.app) for to in request.to),
         bench=BenchConfig(threads=request.threads, tokens=1024, examples=_EXAMPLES),
     )
     with RunFolder(request.out, observer).locked() as folder:
-        result = Run(recipe, request.out / "recipe.toml", folder).until("verify")
+        result = Run(recipe, request.out / "recipe.toml", folder, app_out=request.app_out).until("verify")
     return ExportResult(result, result.exit_code)
 
 
-def _variant(to: str, context_length: int | None) -> ExportConfig:
+def _variant(to: str, context_length: int | None, app: tuple[str, ...]) -> ExportConfig:
     from pydantic import ValidationError
 
+    from .export.app import check_app
+
+    for language in app:
+        check_app(language, to.partition(":")[0])
     try:
-        return ExportConfig(to=to, context_length=context_length)
+        return ExportConfig.model_validate({"to": to, "context_length": context_length, "app": app})
     except ValidationError as error:
         message = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UsageError(f"--to {to}: {message}", hint="for example --to onnx:int8,gguf:q4_k_m,coreml:int8") from None

@@ -9,6 +9,7 @@
       teacher/  student/           model folders (further teachers: teacher-2/ ...)
       artifacts/VARIANT/           verified artifacts
       quarantine/VARIANT/          artifacts that failed
+      app/VARIANT/LANGUAGE/        samples, where [[export]] asks for them
       work/                        references, checkpoints, results of single stages; may be removed
 """
 
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .apps import check_apps, write_apps
 from .artifact import Artifact, open_artifact
 from .bench.environment import usable_threads
 from .bench.metrics import find_metric
@@ -88,8 +90,9 @@ def rebuild_report(folder: Path) -> Path:
 class Run:
     """One recipe on its way through the stages."""
 
-    def __init__(self, recipe: Recipe, path: Path, folder: RunFolder) -> None:
+    def __init__(self, recipe: Recipe, path: Path, folder: RunFolder, *, app_out: Path | None = None) -> None:
         self.recipe = recipe
+        self.app_out = app_out
         self.base = path.resolve().parent
         self.folder = folder
         self.progress = folder.observer.advanced
@@ -100,6 +103,7 @@ class Run:
         """All stages up to ``last``."""
         for metric in self.recipe.gates:
             find_metric(metric)  # a mistyped gate is found now, not after the work
+        check_apps(self.recipe)
         atomic_write(self.folder / "recipe.toml", dump_recipe(self.recipe))
         done = STAGES[: STAGES.index(last) + 1]
         source = self._fetch()
@@ -114,6 +118,9 @@ class Run:
             subjects = Subjects(teacher, student, self.cut(teacher, data))
             judge = Judge(self.recipe, self.folder, subjects, data)
             passed = judge.verify(artifacts)
+            for config, artifact in passed:
+                with self._not_stopping_the_others(config.variant, f"app:{config.variant}"):
+                    write_apps(config, artifact, self.folder, self.app_out)
         if "bench" in done:
             judge.accuracy()
             judge.tasks(passed)
@@ -363,7 +370,8 @@ class Run:
         made_by = self.recipe.model_dump(mode="json", include={"task", "teacher", "student", "data", "distill"})
         lineage = {"teacher_id": teacher.model_id, "recipe_sha256": hash_json(made_by)}
         inputs = {
-            "version": VERSIONS["export"], "model": source.model_id, "config": config.model_dump(mode="json"),
+            "version": VERSIONS["export"], "model": source.model_id,
+            "config": config.model_dump(mode="json", exclude={"app"}),
             "calibration": hash_json(calibration), "lineage": lineage,
         }  # fmt: skip
 
@@ -394,7 +402,7 @@ class Run:
         return None
 
     @contextlib.contextmanager
-    def _not_stopping_the_others(self, variant: str) -> Iterator[None]:
+    def _not_stopping_the_others(self, variant: str, stage: str = "") -> Iterator[None]:
         """Keep an artifact that can't be made as a problem; what would hit the others too goes on up."""
         try:
             yield
@@ -402,7 +410,7 @@ class Run:
             raise
         except EdgestillError as error:
             self.problems[variant] = str(error)
-            self.folder.observer.failed(f"export:{variant}", str(error))
+            self.folder.observer.failed(stage or f"export:{variant}", str(error))
 
 
 def describe(model: ModelFolder) -> str:

@@ -21,6 +21,8 @@ class ExportConfig(Strict):
     """folder name; by default `FORMAT-QUANTISATION`."""
     of: Literal["student", "teacher"] = "student"
     """which model to export (the teacher serves as a baseline in the same runtime)."""
+    app: tuple[Literal["python", "kotlin", "swift"], ...] = ()
+    """languages to write a sample in (`app/VARIANT/LANGUAGE/` of the run folder): load, tokenise, run."""
     context_length: Positive | None = None
     """most tokens that the artifact takes; by default what the model allows (Core ML: at most 2,048)."""
 

@@ -1,0 +1,3 @@
+package ai.onnxruntime;
+
+public enum OnnxJavaType { FLOAT, FLOAT16, INT8, UINT8, INT64 }

@@ -1,0 +1,5 @@
+package ai.onnxruntime;
+
+public abstract class OnnxTensorLike implements OnnxValue {
+    public void close() { }
+}

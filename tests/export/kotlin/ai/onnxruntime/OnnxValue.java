@@ -1,0 +1,6 @@
+package ai.onnxruntime;
+
+/** The part of ONNX Runtime's Java interface that the samples use: signatures to compile against, nothing to run. */
+public interface OnnxValue extends AutoCloseable {
+    void close();
+}
