@@ -108,6 +108,14 @@ class ModelFolder:
         """State dict name of the token embeddings ``[vocab_size, hidden_size]``."""
         return self._below_base(ARCHITECTURES[self.architecture].embeddings)
 
+    @property
+    def turned(self) -> frozenset[str]:
+        """State dict names of the matrices that are stored ``[in, out]`` (Conv1D) instead of ``[out, in]``."""
+        modules = ARCHITECTURES[self.architecture].turned
+        return frozenset(
+            f"{self.layers_path}.{layer}.{name}.weight" for layer in range(self.layers) for name in modules
+        )
+
     def _below_base(self, path: str) -> str:
         return path if self.task == "feature-extraction" else f"{ARCHITECTURES[self.architecture].base}.{path}"
 

@@ -30,7 +30,7 @@ __all__ = [
     "simulate_activations",
 ]
 
-_KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value", "k_lin", "v_lin", "k", "v")
+_KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value", "k_lin", "v_lin", "k", "v", "c_attn")
 # Relative size of the noise: what another order of summation does to a sum of some hundred float32 products.
 JITTER = 3e-7
 HALF_NOISE = 2**-12  # rounding to float16: the root mean square of the relative error is about that
@@ -97,15 +97,13 @@ def head_of_tied(tensors: Iterable[StoredTensor]) -> StoredTensor | None:
 
 
 def simulate_activations(root: Any, kinds: Mapping[str, Activation]) -> frozenset[Activation]:
-    """Hook every ``nn.Linear`` of ``root`` whose weight has a kind in ``kinds`` (by parameter name; ``"\\0head"`` is
+    """Hook every linear layer of ``root`` whose weight has a kind in ``kinds`` (by parameter name; ``"\\0head"`` is
     the output head); returns the kinds that were met."""
-    from torch import nn
-
     used: set[Activation] = set()
     get_head: Callable[[], Any] = getattr(root, "get_output_embeddings", lambda: None)
     head = get_head()
     for name, module in root.named_modules():
-        if not isinstance(module, nn.Linear):
+        if not _is_linear(module):
             continue
         kind = kinds.get(f"{name}.weight", "none")
         if module is head and "\0head" in kinds:
@@ -120,8 +118,15 @@ def simulate_activations(root: Any, kinds: Mapping[str, Activation]) -> frozense
     return frozenset(used)
 
 
+def _is_linear(module: Any) -> bool:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))  # GPT-2's is one, turned over
+
+
 def jitter(model: Any, *, inputs: float = JITTER, attention: float = 0.0, seed: int = 0) -> None:
-    """Hook every ``nn.Linear`` of ``model`` to multiply its input by ``1 + inputs * normal``, before it is quantised.
+    """Hook every linear layer of ``model`` to multiply its input by ``1 + inputs * normal``, before it is quantised.
 
     ``attention`` is the relative size of further noise on keys and values, for a runtime that keeps them in float16.
     """
@@ -133,7 +138,7 @@ def jitter(model: Any, *, inputs: float = JITTER, attention: float = 0.0, seed: 
         return x * (1 + size * torch.randn(x.shape, generator=generator))
 
     for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear):
+        if not _is_linear(module):
             continue
         module.register_forward_pre_hook(lambda _, given: (noisy(given[0], inputs), *given[1:]), prepend=True)
         if attention and name.rpartition(".")[2] in _KEYS_AND_VALUES:

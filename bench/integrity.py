@@ -116,7 +116,7 @@ def check_weights(artifact: Artifact, payload: Any, student: Path) -> list[Check
             name = folder.embeddings_path if tensor.name == head and head not in header else tensor.name
             if name not in header:
                 continue
-            problem, share = _judge(payload, tensor, weights.get_tensor(name))
+            problem, share = _judge(payload, tensor, weights.get_tensor(name), name in folder.turned)
             if share > worst:
                 worst, worst_name = share, tensor.name
             if share > 1 and not broken:
@@ -208,8 +208,9 @@ def _plain(tokenizer_class: Any, path: Path) -> Any:
     return tokenizer
 
 
-def _judge(payload: Any, tensor: Any, weight: Floats) -> tuple[str, float]:
-    """What is wrong with one stored tensor, and its share of the bound."""
+def _judge(payload: Any, tensor: Any, weight: Floats, turned: bool) -> tuple[str, float]:
+    """What is wrong with one stored tensor, and its share of the bound. Blocks run along a linear layer's rows, also
+    where the student has the matrix ``turned`` over."""
     if grid_limit(tensor.grid) is None:
         return f"no rounding bound is known for the grid {tensor.grid!r}", np.inf
     try:
@@ -218,7 +219,7 @@ def _judge(payload: Any, tensor: Any, weight: Floats) -> tuple[str, float]:
         return f"it can't be read back: {error}", np.inf
     if decoded.shape != weight.shape:
         return f"it is stored as {list(decoded.shape)}, the student has {list(weight.shape)}", np.inf
-    found = weight_error(tensor.grid, weight, decoded)
+    found = weight_error(tensor.grid, weight.T, decoded.T) if turned else weight_error(tensor.grid, weight, decoded)
     return f"{found.what} is {min(found.worst, 1e9):.3g} times what {tensor.grid} allows", found.worst
 
 

@@ -17,7 +17,8 @@ from ..errors import MissingDependency, Unsupported
 from ..progress import Progress, silent
 from .onnx_file import EXTERNAL_BYTES, Spool
 from .onnx_graph import ENCODER_SCHEMES, MICROSOFT, SCHEMES, Graph, Scheme
-from .writer import Draft, Weights, context_length
+from .turned import LinearWeights
+from .writer import Draft, context_length
 
 if TYPE_CHECKING:
     from ..recipe import ExportConfig
@@ -55,7 +56,8 @@ def write(
     spool = Spool(folder)
     try:
         progress(f"{config.variant}: writing the graph", 0.0)
-        graph = Graph(Weights(model.path), scheme, spool)
+        weights = LinearWeights(model)
+        graph = Graph(weights, scheme, spool)
         kv_bytes = None
         if model.task == "text-generation":
             from .onnx_decoder import build_decoder
@@ -84,7 +86,7 @@ def write(
                          "ir": str(IR_VERSION)},
         kv_cache_bytes_per_token=kv_bytes,
         pooling_in_graph=model.task == "feature-extraction",
-        tensors=graph.tensors,
+        tensors=weights.mapped(graph.tensors),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import pytest
 from edgestill.checkpoints import load_torch
 from edgestill.errors import Unsupported
 from edgestill.export import export
-from edgestill.export.onnx_decoder import rotary_frequencies
+from edgestill.export.decoder_plan import rotary_frequencies
 from edgestill.recipe import ExportConfig
 from edgestill.runtimes.ort_session import OrtSession
 from edgestill.runtimes.session import SessionOptions
@@ -24,6 +24,12 @@ SIZES = {
     "num_key_value_heads": 1, "intermediate_size": 80, "max_position_embeddings": 64, "initializer_range": 0.2,
 }  # fmt: skip
 
+GPT2_SIZES = {
+    "vocab_size": 320, "bos_token_id": 0, "eos_token_id": 2, "n_embd": 48, "n_layer": LAYERS,
+    "n_head": 3, "n_inner": 80, "n_positions": 64,
+    "initializer_range": 0.2,
+}  # fmt: skip
+
 
 def _save(kind: str, folder: Path, tokenizer: Path, **changes: Any) -> Path:
     """A random model of another architecture; 48 and 80 are no multiples of a quantisation block."""
@@ -31,11 +37,15 @@ def _save(kind: str, folder: Path, tokenizer: Path, **changes: Any) -> Path:
     import transformers
 
     torch.manual_seed(1)
-    names = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-    config = getattr(transformers, f"{names[kind]}Config")(**{**SIZES, **changes})
-    model = getattr(transformers, f"{names[kind]}ForCausalLM")(config)
+    names = {"llama": ("Llama", "ForCausalLM"), "qwen2": ("Qwen2", "ForCausalLM"), "qwen3": ("Qwen3", "ForCausalLM"),
+             "gemma3_text": ("Gemma3Text", "ForCausalLM"), "gpt2": ("GPT2", "LMHeadModel")}  # fmt: skip
+    stem, head = names[kind]
+    sizes = GPT2_SIZES if kind == "gpt2" else SIZES
+    config = getattr(transformers, f"{stem}Config")(**{**sizes, **changes})
+    model = getattr(transformers, f"{stem.removesuffix('Text')}{head}")(config)
     for name, parameter in model.named_parameters():
-        if name.endswith(("norm.weight", ".bias")):  # else they are 1 or 0, and a forgotten one would not be seen
+        # else they are 1 or 0, and a forgotten one would not be seen
+        if name.endswith(("norm.weight", ".bias")) or ".ln_" in name:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -51,6 +61,16 @@ MODELS = {
         "original_max_position_embeddings": 16}}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 16}),
+    "gemma3": ("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 5,
+                               "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3-linear": ("gemma3_text", {
+        "head_dim": 16, "sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"],
+        "hidden_activation": "silu", "tie_word_embeddings": False, "attention_bias": True,
+        "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 3e4},
+                            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}}),
+    "gpt2": ("gpt2", {}),
+    "gpt2-odd": ("gpt2", {"n_head": 6, "activation_function": "gelu", "scale_attn_by_inverse_layer_idx": True,
+                          "tie_word_embeddings": False}),
 }  # fmt: skip
 
 
@@ -101,15 +121,48 @@ def test_other_architectures(name: str, tiny_llama: Path, tmp_path: Path) -> Non
     assert [token.id for token in session.decode([7, 8, 9], 8)] == _greedy(folder, [7, 8, 9], 8)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt2"])
 @pytest.mark.parametrize("quantisation", ["fp16", "int8", "int4", "int8-dynamic"])
-def test_variants_of_odd_sizes_run(quantisation: str, tiny_llama: Path, tmp_path: Path) -> None:
+def test_variants_of_odd_sizes_run(quantisation: str, name: str, tiny_llama: Path, tmp_path: Path) -> None:
     """Rows that no block divides are padded in the file; logits must stay near those of float weights."""
-    folder = _save("qwen3", tmp_path / "model", tiny_llama, head_dim=16)
+    kind, changes = MODELS[name]
+    folder = _save(kind, tmp_path / "model", tiny_llama, **changes)
     ids = np.random.default_rng(2).integers(3, 300, (1, 20))
     mask = np.ones_like(ids)
     got, want = _open(folder, tmp_path / "a", quantisation).forward(ids, mask), _logits(folder, ids, mask)
     least = {"fp16": 0.99999, "int8": 0.999, "int4": 0.9, "int8-dynamic": 0.98}[quantisation]
     assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > least
+
+
+@pytest.mark.parametrize("fixture", ["tiny_gemma3", "tiny_gpt2"])
+def test_prefill_padding_and_cached_decode_equal_torch(
+    fixture: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Beyond Gemma's window of 8 tokens by far, in one go, token by token, and padded."""
+    folder = request.getfixturevalue(fixture)
+    session = _open(folder, tmp_path / "a")
+    ids = np.random.default_rng(0).integers(3, 300, (3, 40))
+    mask = (np.arange(40) < np.array([[40], [11], [1]])).astype(np.int64)
+    assert np.abs(session.forward(ids, mask) - _logits(folder, ids, mask))[mask == 1].max() < 1e-4
+    prompt = ids[0, :11].tolist()
+    tokens = list(session.decode(prompt, 32, logits=True))
+    assert [token.id for token in tokens] == _greedy(folder, prompt, 32)
+    whole = np.array([prompt + [token.id for token in tokens[:-1]]])
+    want = _logits(folder, whole, np.ones_like(whole))[0, len(prompt) - 1 :]
+    assert np.abs(np.stack([token.logits for token in tokens]) - want).max() < 1e-4
+
+
+def test_a_window_that_is_wider_or_left_out_would_be_seen(tiny_gemma3: Path, tmp_path: Path) -> None:
+    """The window of 8 matters: the same weights with another are far off."""
+    ids = np.random.default_rng(0).integers(3, 300, (1, 40))
+    want = _logits(tiny_gemma3, ids, np.ones_like(ids))
+    for window in (7, 9, 128):
+        folder = shutil.copytree(tiny_gemma3, tmp_path / f"model{window}")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "sliding_window": window}))
+        got = _open(folder, tmp_path / f"a{window}").forward(ids, np.ones_like(ids))
+        assert np.abs(got - want)[0, :7].max() < 1e-4
+        assert np.abs(got - want)[0, 20:].max() > 0.05
 
 
 def test_half_precision_survives_a_large_residual_stream(tiny_llama: Path, tmp_path: Path) -> None:
@@ -154,6 +207,6 @@ def test_what_it_has_no_graph_for_is_refused(change: dict[str, Any], tiny_llama:
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **change}))
-    with pytest.raises(Unsupported, match="ONNX"):
+    with pytest.raises(Unsupported, match=r"ONNX|activation"):
         export(folder, tmp_path / "a", ExportConfig(to="onnx:fp32"))
     assert not (tmp_path / "a").exists()
