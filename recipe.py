@@ -163,8 +163,10 @@ class DistillConfig(Strict):
     cache: CacheConfig | None = None
     """the teacher is asked once for each token, and its answers are kept on disk (text generation)."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """of the student's layers while it trains (`bf16`: autocast). Weights, losses, the teacher and what is saved are
-    fp32."""
+    """of the student's layers while it trains (`bf16`: autocast). Weights, losses and what is saved are fp32."""
+    teacher_precision: Literal["fp32", "bf16"] = "fp32"
+    """of the teacher's layers while it teaches (`bf16`: autocast). Its head over a vocabulary, and the teacher that
+    held-out metrics compare with, are fp32."""
     gradient_checkpointing: bool = False
     """compute each layer again in the backward pass: much less memory, about a third more time, the same result."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None

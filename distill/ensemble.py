@@ -186,12 +186,13 @@ class MixedTeacher(Teacher):
         pad_id: int = 0,
         device: str | torch.device = "cpu",
         vocabulary: Sequence[int] = (),
+        precision: str = "fp32",
     ) -> None:
         self.folders = tuple(folders)
         self._weights = tuple(weights)
         self._loss_temperature = temperature
         self._mixed_size = vocab_size
-        super().__init__(folders[0], layers, pad_id, device, vocabulary)
+        super().__init__(folders[0], layers, pad_id, device, vocabulary, precision)
 
     def _load(self) -> nn.Module:
         members = [self._load_one(folder) for folder in self.folders]

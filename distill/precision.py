@@ -9,7 +9,7 @@ from ..errors import Unsupported
 __all__ = ["check_precision"]
 
 
-def check_precision(precision: str, device: torch.device) -> None:
+def check_precision(precision: str, device: torch.device, key: str = "precision") -> None:
     """Raise :class:`Unsupported` when ``device`` has no bf16 of its own (emulation is slower than fp32)."""
     if precision != "bf16":
         return
@@ -19,4 +19,4 @@ def check_precision(precision: str, device: torch.device) -> None:
     elif device.type == "mps":
         able = torch.backends.mps.is_macos_or_newer(14, 0)
     if not able:
-        raise Unsupported(f"[distill] precision: {device.type} here has no bf16", hint='set precision = "fp32"')
+        raise Unsupported(f"[distill] {key}: {device.type} here has no bf16", hint=f'set {key} = "fp32"')

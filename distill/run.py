@@ -140,6 +140,7 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     config, folder = job.config, job.teacher
     arguments = training_arguments(config, job.steps, work)
     check_precision(config.precision, arguments.device)
+    check_precision(config.teacher_precision, arguments.device, "teacher_precision")
     teacher = _teacher(job, arguments.device)
     if config.cache is None:
         teacher.load()
@@ -245,12 +246,11 @@ def _resume(work: Path, journal: Journal, objective: Objective, config: DistillC
 
 
 def _teacher(job: Job, device: torch.device) -> Teacher:
+    shared = ((), job.pad_id, device, job.vocabulary.keep, job.config.teacher_precision)
     if not job.others:
-        return Teacher(job.teacher, (), job.pad_id, device, job.vocabulary.keep)
+        return Teacher(job.teacher, *shared)
     folders, weights = (job.teacher, *job.others), normalised(job.config)
-    return MixedTeacher(
-        folders, weights, job.config.temperature, job.vocab_size, (), job.pad_id, device, job.vocabulary.keep
-    )
+    return MixedTeacher(folders, weights, job.config.temperature, job.vocab_size, *shared)
 
 
 def _written(job: Job, settings: SequenceConfig, teacher: Teacher, work: Path, progress: Progress) -> Examples:

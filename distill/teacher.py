@@ -19,6 +19,7 @@ from .batches import Batch, Examples, collate
 from .cache import VectorCache
 from .chunked import chunk_rows
 from .losses import predicting
+from .rows import wide
 from .signal import Hidden, Relations, Sparse
 from .taps import Heard, Taps
 from .token_cache import TokenCache
@@ -77,6 +78,8 @@ class Teacher:
 
     Encoders whose blocks nobody asks for are asked once for each text (:meth:`remember`), decoders once for each token
     where the recipe has a cache (:meth:`remember_tokens`).
+
+    ``precision`` "bf16": its layers run under autocast when it is asked what to teach; ``model`` itself stays fp32.
     """
 
     def __init__(
@@ -86,9 +89,11 @@ class Teacher:
         pad_id: int = 0,
         device: str | torch.device = "cpu",
         vocabulary: Sequence[int] = (),
+        precision: str = "fp32",
     ) -> None:
         self.folder = folder
         self.pad_id = pad_id
+        self.precision = precision
         self.device = torch.device(device)
         self.vocabulary = tuple(vocabulary)
         self._model: nn.Module | None = None
@@ -165,6 +170,8 @@ class Teacher:
         key = {"teacher": self.identity, "texts": examples.digest(), "pad_id": self.pad_id}
         if self.vocabulary:  # the same numbers would be other words
             key["vocabulary"] = hash_json(self.vocabulary)
+        if self.precision != "fp32":
+            key["precision"] = self.precision
         width = len(self.folder.labels) or self.folder.hidden_size
         self._cache = VectorCache(work, key, examples.lengths, width)
         self._cache.fill(lambda rows: self.read(examples, rows), progress=progress)
@@ -184,7 +191,8 @@ class Teacher:
         tokenizer = hash_file(self.folder.path / "tokenizer.json")
         if self.vocabulary:  # the same numbers would be other words
             tokenizer = hash_json([tokenizer, self.vocabulary])
-        key = {"teacher": self.identity, "tokenizer": tokenizer, "corpus": examples.digest(), "dtype": "float32"}
+        dtype = "float32" if self.precision == "fp32" else "bfloat16"
+        key = {"teacher": self.identity, "tokenizer": tokenizer, "corpus": examples.digest(), "dtype": dtype}
         cache = TokenCache(place, key, form, examples.lengths)
         cache.fill(lambda rows: self._places(examples, rows, cache.form), progress)
         self._tokens, self._temperature = cache, temperature
@@ -211,7 +219,7 @@ class Teacher:
     def read(self, examples: Examples, rows: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Vectors of the examples ``rows``, computed now, in one batch."""
         batch = collate([examples[row] for row in rows], self.pad_id)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._computing():
             found: np.ndarray[Any, np.dtype[np.float32]] = (
                 vectors(self.model, {name: value.to(self.device) for name, value in batch.items()})
                 .float()
@@ -249,20 +257,26 @@ class Teacher:
         blocks = tuple(state.to(device) for state in cache.hidden(rows)) if cache.form.layers else None
         return Said(sparse=sparse.to(device), blocks=blocks)
 
+    def _computing(self) -> torch.autocast:
+        """Around the layers alone: logits of a large vocabulary are noise in bf16."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
     def _live(self, batch: Batch) -> Said:
         model: Any = self.model
         said = Said()
-        if self.folder.task == "text-generation":
-            output = base_model(model)(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-            )
-            said.final, said.head = output.last_hidden_state, model.get_output_embeddings()
-            checked = said.final
-        else:
-            checked = said.vectors = vectors(model, batch)
+        with self._computing():
+            if self.folder.task == "text-generation":
+                output = base_model(model)(
+                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+                )
+                checked = said.final = wide(output.last_hidden_state)
+                said.head = model.get_output_embeddings()
+            else:
+                checked = said.vectors = wide(vectors(model, batch))
         if self._taps is not None:
             heard = self._taps.take()
-            said.blocks, said.attention, said.relations = heard.blocks, heard.attention, heard.relations
+            said.blocks = None if heard.blocks is None else tuple(wide(block) for block in heard.blocks)
+            said.attention, said.relations = heard.attention, heard.relations
         if not bool(torch.isfinite(checked).all()):
             raise BadInput("the teacher's output is not finite (NaN or infinity)", hint="check the teacher's weights")
         return said

@@ -81,6 +81,21 @@ def test_bf16_trains_nearly_the_same_student_and_saves_fp32(tiny_llama: Path, tm
     assert {tensor.dtype for tensor in _weights(bf16).values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("cache", [None, {"top_k": 8}])
+def test_a_bf16_teacher_teaches_nearly_the_same_and_is_compared_with_in_fp32(
+    tiny_llama: Path, tmp_path: Path, data: DataSets, cache: dict[str, object] | None
+):
+    losses = {"forward_kl": 1.0, "hidden_states": 0.1}
+    fp32, bf16 = (
+        _run(tiny_llama, tmp_path / name, data, losses, teacher_precision=name, cache=cache)
+        for name in ("fp32", "bf16")
+    )
+    curves = [[row["loss"] for row in result.curves if "loss" in row] for result in (fp32, bf16)]
+    assert curves[0] != curves[1]
+    assert curves[0] == pytest.approx(curves[1], rel=0.02)
+    assert bf16.dev_before == fp32.dev_before
+
+
 def test_losses_stay_in_fp32_under_autocast(tiny_llama: Path):
     from edgestill.distill.batches import collate
     from edgestill.distill.objective import Objective, count_items
