@@ -21,7 +21,7 @@ from ..recipe import DistillConfig, StudentConfig
 from ..recipe_teaching import SequenceConfig
 from ..torch_models import quiet
 from . import ranks
-from .anatomy import blocks
+from .anatomy import base_model, blocks
 from .batches import Examples
 from .cache_use import check_cache
 from .checkpoint import find_checkpoint, sweep_checkpoints
@@ -36,7 +36,7 @@ from .limits import limited_threads, memory_errors
 from .lora import add_lora, merge_lora
 from .objective import Objective
 from .planning import Calibration, PlanCost, find_plan
-from .precision import check_precision
+from .precision import check_precision, suit_attention
 from .recompute import recompute_blocks
 from .result import DistillResult
 from .rollout import Rollouts
@@ -157,6 +157,7 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     held_out = judges[""]
     if config.lora is not None:
         add_lora(model, config.lora, config.seed)
+    suit_attention(base_model(model), config.precision, arguments.device)
     objective = Objective(
         model, folder.task, job.weights, temperature=config.temperature, vocab_size=job.vocab_size,
         teacher_width=teacher.width, seed=config.seed,

@@ -77,7 +77,7 @@ def test_bf16_trains_nearly_the_same_student_and_saves_fp32(tiny_llama: Path, tm
     assert losses[0] != losses[1]  # it did run in another precision
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
     assert bf16.dev_after["kl"] < bf16.dev_before["kl"]
-    assert bf16.dev_before == fp32.dev_before
+    assert bf16.dev_before == pytest.approx(fp32.dev_before, rel=1e-4)  # measured in fp32, attention summed otherwise
     assert {tensor.dtype for tensor in _weights(bf16).values()} == {torch.float32}
 
 
