@@ -167,11 +167,23 @@ class Artifact:
             return ()
         rows = read_json(path)
         try:
-            return tuple(
+            tensors = tuple(
                 StoredTensor(**{**row, "layout": tuple(tuple(step) for step in row.get("layout", ()))}) for row in rows
             )
+            for tensor in tensors:
+                _check_tensor(tensor)
+            return tensors
         except (TypeError, AttributeError) as error:
-            raise BadInput(f"{path} is not a weight map: {error}", hint="export the artifact again") from None
+            reason = str(error)[:300]
+            raise BadInput(f"{path} is not a weight map: {reason}", hint="export the artifact again") from None
+
+
+def _check_tensor(tensor: StoredTensor) -> None:
+    """What readers rely on without looking: raise ``TypeError`` naming the field."""
+    for name in ("name", "stored", "grid", "scales", "zero_points"):
+        value = getattr(tensor, name)
+        if not isinstance(value, str) and not (value is None and name in ("scales", "zero_points")):
+            raise TypeError(f"{name} is {repr(value)[:80]}")
 
 
 def artifact_id(files: Sequence[FileEntry]) -> str:

@@ -32,7 +32,7 @@ from .architectures import (
 )
 from .artifact import Pooling, Task
 from .errors import BadInput
-from .files import hash_tree, read_json
+from .files import check_links, hash_tree, read_json
 
 if TYPE_CHECKING:
     from .model_import import prepare_model
@@ -179,6 +179,7 @@ def open_model(folder: Path) -> ModelFolder:
     """
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a model folder", hint="pass a folder with config.json and model.safetensors")
+    check_links(folder)
     config = read_config(folder)
     if not (folder / FACTS_FILE).is_file():
         raise BadInput(f"{folder} has no {FACTS_FILE}", hint="turn it into a model folder first (prepare_model)")
@@ -229,12 +230,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return complete_config(config)
 
 
-def check_sizes(config: Mapping[str, Any], row: Architecture, tensors: Mapping[str, TensorHeader], where: Path) -> None:
-    """Compare the config's numbers with the stored tensors, so that a forged one can't make us allocate."""
+def check_numbers(config: Mapping[str, Any], row: Architecture, where: Path) -> None:
+    """Every size of the architecture is in the config, a positive whole number: else :class:`BadInput`."""
     for key in row.size_keys:
         value = config.get(key)
         if type(value) is not int or not 0 < value < 1 << 31:
-            raise BadInput(f"{where / 'config.json'}: {key} is {value!r}", hint="expected a positive whole number")
+            shown = repr(value)[:80]
+            raise BadInput(f"{where / 'config.json'}: {key} is {shown}", hint="expected a positive whole number")
+
+
+def check_sizes(config: Mapping[str, Any], row: Architecture, tensors: Mapping[str, TensorHeader], where: Path) -> None:
+    """Compare the config's numbers with the stored tensors, so that a forged one can't make us allocate."""
+    check_numbers(config, row, where)
     suffix = re.compile(rf"(?:^|\.){re.escape(row.layers)}\.(\d+)\.")
     layers = {int(match[1]) for name in tensors if (match := suffix.search(name))}
     if layers != set(range(min(config[row.layers_key], len(layers) + 1))):

@@ -43,9 +43,10 @@ class EdgestillError(Exception):
     exit_code = 5
 
     def __init__(self, message: str, *, hint: str = "") -> None:
+        message = _one_line(message)
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = _one_line(hint)
 
     def __str__(self) -> str:
         return f"{self.message} (hint: {self.hint})" if self.hint else self.message
@@ -98,6 +99,22 @@ class WorkerError(EdgestillError):
 
 class ResourceExhausted(EdgestillError):
     """Disk or memory ran out; nothing half-written was left."""
+
+
+def _one_line(text: str) -> str:
+    """What came out of a file may have line breaks, or be a page long: neither gets into a message.
+
+    >>> _one_line("a\\n  b")
+    'a b'
+    """
+    if any(not (character.isprintable() or character in "\n\r\t") for character in text):
+        text = "".join(c if c.isprintable() or c in "\n\r\t" else f"\\x{ord(c):02x}" for c in text)
+    if "\n" in text or "\r" in text:
+        text = " ".join(text.split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+
+
+_LONGEST = 900
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

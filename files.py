@@ -20,6 +20,7 @@ __all__ = [
     "atomic_directory",
     "atomic_write",
     "canonical_json",
+    "check_links",
     "hash_bytes",
     "hash_file",
     "hash_json",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 _CHUNK_BYTES = 1 << 20
+_LONGEST_PATH = 2000
 
 
 def hash_bytes(data: bytes) -> str:
@@ -85,10 +87,27 @@ def safe_join(root: Path, relative: str) -> Path:
     pure = PurePosixPath(relative)
     if not relative or pure.is_absolute() or ".." in pure.parts or "\\" in relative or "\0" in relative:
         raise BadInput(f"unsafe path {relative!r} inside {root}", hint="a path must stay inside its folder")
+    if any(len(part.encode(errors="surrogatepass")) > 255 for part in pure.parts) or len(relative) > _LONGEST_PATH:
+        raise BadInput(f"a path of {len(relative)} characters inside {root}", hint="no file system holds such a name")
     joined = root.joinpath(*pure.parts)
-    if not joined.resolve().is_relative_to(root.resolve()):
+    if not _real(joined).is_relative_to(_real(root)):
         raise BadInput(f"path {relative!r} leaves {root} through a link", hint="replace the link with the file")
     return joined
+
+
+def _real(path: Path) -> Path:
+    """Without links; unlike ``Path.resolve`` it does not fail on links that lead in a circle."""
+    return Path(os.path.realpath(path))
+
+
+def check_links(root: Path) -> None:
+    """:class:`BadInput` for a symbolic link below the folder ``root`` that leads out of it, or nowhere."""
+    inside = _real(root)
+    for folder, names, files in os.walk(root):
+        for name in sorted([*names, *files]):
+            path = Path(folder) / name
+            if path.is_symlink() and not (_real(path).is_relative_to(inside) and path.exists()):
+                raise BadInput(f"{path} is a symbolic link that leaves its folder", hint="replace it with a real file")
 
 
 def read_json(path: Path) -> Any:

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from .artifact import Pooling, Task
-from .checkpoints import ARCHITECTURES, Architecture, find_architecture, positions, read_config
+from .checkpoints import (
+    ARCHITECTURES,
+    Architecture,
+    check_numbers,
+    find_architecture,
+    positions,
+    read_config,
+)
 from .errors import BadInput
 from .model_import import find_weights, gguf_inside, infer_task, license_of, read_source_facts, spdx
 
@@ -89,6 +96,7 @@ def inspect_model(source: Path, *, task: str | None = None) -> Inspection:
     row = find_architecture(config, facts.root)
     chosen = infer_task(config, row, facts, task)
     find_architecture(config, facts.root, chosen)
+    check_numbers(config, row, facts.root)
     files, header = find_weights(facts.root)
     size = sum(file.stat().st_size for file in files)
     embedding = int(config["vocab_size"]) * int(config[row.hidden_key])

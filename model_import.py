@@ -156,7 +156,11 @@ def check_tokenizer(before: Any, after: Any, source: Path) -> None:
 def read_source_facts(source: Path) -> SourceFacts:
     """Facts from an edgestill folder, a sentence-transformers folder or, with none of them, nothing."""
     if (source / FACTS_FILE).is_file():
-        own = read_json(source / FACTS_FILE)
+        own = _object(source / FACTS_FILE)
+        types = {"max_length": int, "normalize": bool}
+        for name in ("pooling", "normalize", "max_length", "prompt_prefix", "task", "license"):
+            if own.get(name) is not None and type(own[name]) is not types.get(name, str):
+                raise BadInput(f"{source / FACTS_FILE}: {name} is {repr(own[name])[:80]}", hint="prepare it again")
         names = ("pooling", "normalize", "max_length", "prompt_prefix", "task", "license")
         return SourceFacts(source, **{name: own[name] for name in names if own.get(name) is not None})
     pooling_folder, root, normalize = source / "1_Pooling", source, False
@@ -181,19 +185,31 @@ def read_source_facts(source: Path) -> SourceFacts:
         normalize = "Normalize" in kinds
     elif not pooling_folder.is_dir():
         return SourceFacts(source)
-    limits = read_json(root / "sentence_bert_config.json") if (root / "sentence_bert_config.json").is_file() else {}
-    settings = source / "config_sentence_transformers.json"
-    own = read_json(settings) if settings.is_file() else {}
+    limits = _object(root / "sentence_bert_config.json", needed=False)
+    own = _object(source / "config_sentence_transformers.json", needed=False)
     prompts = own.get("prompts") or {}
+    length, chosen = limits.get("max_seq_length"), own.get("default_prompt_name")
+    if not isinstance(prompts, dict) or not isinstance(chosen, str | None) or type(length) not in (int, type(None)):
+        raise BadInput(f"{source}: max_seq_length or prompts are not what they should be", hint="fetch the model again")
     return SourceFacts(
         root=root,
-        pooling=_pooling(read_json(pooling_folder / "config.json"), source),
+        pooling=_pooling(_object(pooling_folder / "config.json"), source),
         normalize=normalize,
-        max_length=limits.get("max_seq_length"),
-        prompt_prefix=str(prompts.get(own.get("default_prompt_name"), "")),
+        max_length=length,
+        prompt_prefix=str(prompts.get(chosen, "")),
         lower_case=bool(limits.get("do_lower_case")),
         task="feature-extraction",
     )
+
+
+def _object(path: Path, *, needed: bool = True) -> dict[str, Any]:
+    """The JSON object in a file; an empty one for a file that is not ``needed`` and not there."""
+    if not needed and not path.is_file():
+        return {}
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} is not an object", hint="fetch the model again")
+    return found
 
 
 def _pooling(config: Mapping[str, Any], source: Path) -> Pooling:

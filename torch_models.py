@@ -119,7 +119,7 @@ def load_torch(folder: Path) -> nn.Module:
     """
     described = open_model(folder)
     check_allocation(described.config, described.task, described.parameters, folder)
-    with quiet():
+    with quiet(), _loading(folder):
         model, info = model_class(described.task).from_pretrained(
             folder,
             local_files_only=True,
@@ -134,6 +134,18 @@ def load_torch(folder: Path) -> nn.Module:
     if described.pooling is None:
         return model
     return SentenceEncoder(model, described.pooling, described.normalize).eval()
+
+
+@contextlib.contextmanager
+def _loading(where: Path) -> Iterator[None]:
+    """Whatever Transformers and the safetensors library raise for a folder is one :class:`BadInput`."""
+    try:
+        yield
+    except (MemoryError, KeyboardInterrupt, SystemExit, BadInput):
+        raise
+    except BaseException as error:  # SafetensorError, validation errors of the hub library, panics of Rust code
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise BadInput(f"{where}: the model does not load: {reason}", hint="prepare it again") from None
 
 
 def build_model(config: dict[str, Any], state: dict[str, Tensor], task: Task, where: Path) -> Any:
@@ -263,15 +275,17 @@ def _open_tokenizer(folder: Path) -> Any:
     try:
         with quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not callable(getattr(tokenizer, "encode", None)):
+            raise ValueError("no tokenizer came out")
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise ValueError(f"model_max_length is {str(tokenizer.model_max_length)[:40]!r}")
+    except (MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # bare exceptions and panics of the tokenizers library, validation errors of the hub
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BadInput(
             f"{folder}: the tokenizer does not load: {reason}", hint="save it again, or fetch again"
         ) from None
-    except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
-        if type(error) is not Exception:
-            raise
-        raise BadInput(f"{folder}: the tokenizer does not load: {error}", hint="save it again") from None
     tokenizer.padding_side = "right"
     return tokenizer
 

@@ -29,6 +29,7 @@ from ..progress import Progress, silent
 from ..runtimes.scoring import open_reference
 from ..runtimes.session import SessionInfo, SessionOptions
 from . import behaviour, integrity
+from .chat import check_chat_template
 from .limits import Activation, Faithful, activation_of, ceiling_for, faithful_for
 from .records import Check, Verdict
 from .reference import inputs_of, read_facts, torch_forward, write_reference
@@ -170,6 +171,9 @@ class _Run:
                 self.checks += [Check(name, "integrity", True, reason=reason) for name in _NEED_MAP]
         with self.catching("tokenizer", "integrity"):
             self.checks.append(integrity.check_tokenizer(self.artifact, self.student))
+        if self.manifest.task == "text-generation":
+            with self.catching("chat_template", "integrity"):
+                self.checks.append(check_chat_template(self.artifact, self.student))
 
     def behave(self, worker: Any) -> None:
         """The checks that run it."""

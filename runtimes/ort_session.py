@@ -39,17 +39,16 @@ class OrtSession:
             raise Unsupported(f"onnxruntime has no backend {self._backend!r} here", hint=f"available: {known}")
         onnxruntime.set_default_logger_severity(_QUIET)
         onnxruntime.disable_telemetry_events()
+        chosen = _session_options(onnxruntime, options)
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(artifact.entry), _session_options(onnxruntime, options), providers=[self._backend]
-            )
+            self._session = onnxruntime.InferenceSession(str(artifact.entry), chosen, providers=[self._backend])
+            self._inputs = {item.name: item for item in self._session.get_inputs()}
+            self._outputs = [item.name for item in self._session.get_outputs()]
         except _errors(onnxruntime) as error:
             raise BadInput(
                 f"{artifact.entry}: onnxruntime {onnxruntime.__version__} can't load it: {_first_line(error)}",
                 hint="export it again, or update onnxruntime; the artifact's minimum_runtime says what it needs",
             ) from error
-        self._inputs = {item.name: item for item in self._session.get_inputs()}
-        self._outputs = [item.name for item in self._session.get_outputs()]
         self._past = [name for name in self._inputs if name.startswith("past_key_values.")]
 
     def info(self) -> SessionInfo:
@@ -70,7 +69,13 @@ class OrtSession:
             "attention_mask": np.ascontiguousarray(attention_mask, np.int64),
         }
         feed |= {name: self._empty(name, ids.shape[0]) for name in self._past}
-        (result,) = self._live().run([self._outputs[0]], feed)
+        try:
+            (result,) = self._live().run([self._outputs[0]], feed)
+        except _errors(self._ort) as error:
+            raise BadInput(
+                f"onnxruntime {self._ort.__version__} can't run it: {_first_line(error)}",
+                hint="export it again; are ids and mask what the artifact takes?",
+            ) from error
         return np.asarray(result, np.float32)
 
     def decode(self, prompt_ids: Sequence[int], max_new_tokens: int, *, logits: bool = False) -> Iterator[DecodedToken]:
@@ -170,12 +175,13 @@ def _session_options(ort: Any, options: SessionOptions) -> Any:
 
 
 def _errors(ort: Any) -> tuple[type[Exception], ...]:
-    """The exceptions of ONNX Runtime, which have no common base."""
+    """The exceptions of ONNX Runtime, which have no common base, and what its bindings raise (names not in UTF-8)."""
     state = ort.capi.onnxruntime_pybind11_state
     names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "NotImplemented",
              "RuntimeException", "EPFail", "NotFound")  # fmt: skip
-    return tuple(getattr(state, name) for name in names if hasattr(state, name))
+    own = tuple(getattr(state, name) for name in names if hasattr(state, name))
+    return (*own, ValueError, RuntimeError, TypeError)
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -7,8 +7,9 @@ that it stands for. Nothing of an exporter is used, so that a mistake there can'
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,12 +44,14 @@ class PayloadReader:
     def decode(self, tensor: StoredTensor) -> Floats:
         """The float32 parameter that ``tensor`` stores, in the student's shape. :class:`BadInput` for a layout that
         does not fit."""
-        values = np.asarray(self._payload.stored(tensor), np.float32)
+        with _damage(tensor.name):
+            values = np.asarray(self._payload.stored(tensor), np.float32)
         return np.ascontiguousarray(apply_layout(values, tensor.layout, name=tensor.name))
 
     def histogram(self) -> dict[str, Histogram]:
         """What is stored in which type, counted in the file itself."""
-        return dict(self._payload.histogram())
+        with _damage("the payload"):
+            return dict(self._payload.histogram())
 
 
 def open_payload(artifact: Artifact) -> PayloadReader:
@@ -68,6 +71,16 @@ def open_payload(artifact: Artifact) -> PayloadReader:
             return PayloadReader(CoremlPayload(artifact))
         case other:
             raise Unsupported(f"can't read weights out of format {other!r}", hint="known: onnx, gguf, coreml")
+
+
+@contextlib.contextmanager
+def _damage(what: str) -> Iterator[None]:
+    """What numpy and Python raise for a file whose parts do not fit together becomes one :class:`BadInput`."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, ZeroDivisionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise BadInput(f"{what} can't be read back: {reason}", hint="export it again") from None
 
 
 def apply_layout(values: Floats, steps: Sequence[Sequence[Any]], *, name: str = "tensor") -> Floats:

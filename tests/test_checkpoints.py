@@ -505,3 +505,17 @@ def test_exported_names_exist() -> None:
     assert all(hasattr(checkpoints, name) for name in checkpoints.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = checkpoints.nothing
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "chat_template.jinja", "config.json"])
+def test_a_link_that_leaves_a_model_folder_is_refused(name: str, tiny_llama: Path, tmp_path: Path) -> None:
+    folder, outside = shutil.copytree(tiny_llama, tmp_path / "model"), tmp_path / name
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(BadInput, match="symbolic link that leaves its folder"):
+        open_model(folder)
+    (folder / name).unlink()
+    (folder / "blobs").mkdir()
+    outside.rename(folder / "blobs" / name)
+    (folder / name).symlink_to(f"blobs/{name}")
+    assert open_model(folder).task == "text-generation"

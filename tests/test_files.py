@@ -18,6 +18,7 @@ from edgestill.files import (
     atomic_directory,
     atomic_write,
     canonical_json,
+    check_links,
     hash_file,
     hash_json,
     hash_tree,
@@ -195,3 +196,28 @@ def test_errors_form_one_tree_with_exit_codes() -> None:
     assert str(BadInput("what", hint="do")) == "what (hint: do)"
     assert MissingDependency.package("torch", "distill").hint == "pip install 'edgestill[distill]'"
     assert nearest("zzz", ["b", "a"]) == "known: a, b"
+
+
+def test_links_out_of_a_folder_are_refused(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "folder", tmp_path / "outside"
+    (folder / "sub").mkdir(parents=True)
+    outside.mkdir()
+    (folder / "file").write_text("x")
+    (folder / "sub/inside").symlink_to("../file")
+    check_links(folder)
+    (tmp_path / "way").symlink_to(folder)
+    check_links(tmp_path / "way")  # the folder itself may be reached through a link
+    for name, target in (("a", "../outside"), ("sub/b", outside), ("c", "nowhere"), ("sub/d", "d")):
+        (folder / name).symlink_to(target)
+        with pytest.raises(BadInput, match=f"{name} is a symbolic link"):
+            check_links(folder)
+        (folder / name).unlink()
+
+
+def test_a_circle_of_links_is_an_unsafe_path(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    assert safe_join(tmp_path, "a").is_symlink()
+    (tmp_path / "c").symlink_to("..")
+    with pytest.raises(BadInput, match="leaves"):
+        safe_join(tmp_path, "c/x")

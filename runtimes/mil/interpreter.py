@@ -30,6 +30,9 @@ State = dict[str, Array]
 for _module in ("constexpr", "elementwise", "indexing", "linear", "reductions", "shapes"):
     importlib.import_module(f"{__package__}.ops_{_module}")
 
+# What numpy and the handlers raise for a program whose parts do not fit together.
+_DAMAGE = (ValueError, IndexError, KeyError, TypeError, AttributeError, StopIteration, OverflowError, ZeroDivisionError,
+           NotImplementedError)  # fmt: skip
 _WRITES = ("write_state", "coreml_update_state")
 
 
@@ -79,6 +82,12 @@ class Interpreter:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.ranges: list[RangeRow] = []
+        try:
+            self._prepare(program)
+        except _DAMAGE as error:
+            raise BadInput(f"the program contradicts itself: {_why(error)}", hint="export it again") from error
+
+    def _prepare(self, program: Program) -> None:
         self._constants: dict[str, Any] = {name: _working(value) for name, value in program.constants.items()}
         self._non_finite_constants: set[str] = set()
         self._steps = self._compile()
@@ -107,7 +116,13 @@ class Interpreter:
         tainted |= {n for n, v in values.items() if v.dtype.kind == "f" and not np.isfinite(v).all()}
         with np.errstate(all="ignore"):
             for step in self._steps:
-                self._execute(step, values, state, tainted)
+                try:
+                    self._execute(step, values, state, tainted)
+                except _DAMAGE as error:
+                    where = f"operation {step.operation.kind} {step.operation.name!r}"
+                    raise BadInput(
+                        f"{where} failed: {_why(error)}", hint="check the lengths and ids that were passed"
+                    ) from error
         return {name: np.asarray(self._value(name, values)) for name in self.program.outputs}
 
     def _bind(self, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
@@ -161,13 +176,7 @@ class Interpreter:
             del values[name]
 
     def _call(self, step: _Step, arguments: dict[str, Any]) -> Any:
-        try:
-            result = step.handler(arguments, step.result)
-        except (ValueError, IndexError, KeyError, TypeError, NotImplementedError) as error:
-            kind, name = step.operation.kind, step.operation.name
-            raise BadInput(
-                f"operation {kind} {name!r} failed: {error}", hint="check the lengths and ids that were passed"
-            ) from error
+        result = step.handler(arguments, step.result)
         return result if isinstance(result, tuple) else np.asarray(result)
 
     def _track(self, step: _Step, result: Array, tainted: set[str]) -> None:
@@ -252,6 +261,10 @@ class Interpreter:
             tuple(touched - set(self.program.states)) if index >= 0 else (), row,
             row is not None and result.dtype == "float16", in_place,
         )  # fmt: skip
+
+
+def _why(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _no_handler(_: Mapping[str, Any], __: ValueType) -> Any:

@@ -113,3 +113,19 @@ def test_the_grid_says_its_bits_and_block():
     assert grid_limit("int9-b32") is grid_limit("fp3") is None
     with pytest.raises(Unsupported, match="fp3"):
         weight_error("fp3", np.ones((1, 2), np.float32), np.ones((1, 2), np.float32))
+
+
+@pytest.mark.parametrize("to", ["onnx:fp32", "coreml:fp16"])
+def test_a_link_inside_an_artifact_is_refused(to, tiny_bert, tmp_path):
+    """Even with a fitting sha256: what it leads to may change, and may be anything on this machine."""
+    from edgestill.artifact import open_artifact
+    from edgestill.errors import BadInput
+    from edgestill.export import export
+    from edgestill.recipe import ExportConfig
+
+    artifact = export(tiny_bert, tmp_path / "a", ExportConfig(to=to))
+    largest = max(artifact.manifest.files, key=lambda file: file.size_bytes).path
+    (artifact.path / largest).rename(tmp_path / "moved")
+    (artifact.path / largest).symlink_to(tmp_path / "moved")
+    with pytest.raises(BadInput, match=r"through a link|symbolic link"):
+        open_artifact(artifact.path)
