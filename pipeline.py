@@ -18,8 +18,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -268,8 +269,17 @@ class Run:
         return together(distill)(
             teacher.path, out, student=recipe.student, config=self._distill_config(), data=data,
             max_length=recipe.data.max_length, work=work, signal=signal, start=start, cost=cost,
-            progress=self.progress, others=[other.path for other in others],
+            progress=self.progress, others=[other.path for other in others], ship=self._ship(data),
         )  # fmt: skip
+
+    def _ship(self, data: DataSets) -> Callable[[Path, Path], Artifact] | None:
+        """The exporter that ``[distill.quantized]`` trains for."""
+        quantized = self.recipe.distill.quantized if self.recipe.distill else None
+        if quantized is None:
+            return None
+        of_student = [config for config in self.recipe.export if config.of == "student" and config.to == quantized.to]
+        config = of_student[0] if of_student else ExportConfig(to=quantized.to)
+        return partial(_ship, config, tuple(data.split("calibration")))
 
     def student_inputs(self, teacher: ModelFolder, data: DataSets) -> dict[str, Any]:
         """Everything in this recipe that decides its student, JSON-able."""
@@ -416,3 +426,10 @@ class Run:
 def describe(model: ModelFolder) -> str:
     """``"bert, 6 layers, 22.7 M parameters"``."""
     return f"{model.architecture}, {model.layers} layers, {model.parameters / 1e6:.1f} M parameters"
+
+
+def _ship(config: ExportConfig, calibration: Sequence[str], model: Path, out: Path) -> Artifact:
+    """A module-level function, so that it can be sent to processes that train together."""
+    from .export import export
+
+    return export(model, out, config, calibration=calibration)

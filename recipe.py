@@ -21,7 +21,7 @@ from .recipe_cache import CacheConfig
 from .recipe_export import ExportConfig
 from .recipe_student import StudentConfig
 from .recipe_teaching import ExtraTeacherConfig, OnPolicyConfig, SequenceConfig
-from .recipe_training import CorrectionConfig, LoraConfig
+from .recipe_training import CorrectionConfig, LoraConfig, QuantizedConfig
 
 __all__ = [
     "BenchConfig",
@@ -172,6 +172,7 @@ class DistillConfig(Strict):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """decay of an exponential moving average of the weights, e.g. 0.999; the average is what is measured and saved."""
     lora: LoraConfig | None = None
+    quantized: QuantizedConfig | None = None
     evaluate_every: Positive | None = None
     """optimiser steps between two measurements on the dev split; by default only before and after."""
     patience: Positive | None = None
@@ -188,6 +189,12 @@ class DistillConfig(Strict):
     def _patience(self) -> Self:
         if self.patience is not None and self.evaluate_every is None:
             raise ValueError("`patience` counts measurements: set `evaluate_every` too")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_weights_are_quantised(self) -> Self:
+        if self.quantized is not None and self.lora is not None:
+            raise ValueError("`lora` trains matrices beside the weights, `quantized` the weights: leave one out")
         return self
 
     @field_validator("layer_map", mode="before")
@@ -288,6 +295,10 @@ class Recipe(Strict):
             raise ValueError(f"two [[export]] entries write the artifact {twice[0]!r}; give one of them a `name`")
         if self.distill is not None and not any(text.train for text in self.data.text):
             raise ValueError("[distill] needs text to learn from: set `train` in a [[data.text]]")
+        quantized = self.distill.quantized if self.distill else None
+        shipped = {item.to for item in self.export if item.of == "student"}
+        if quantized is not None and self.export and quantized.to not in shipped:
+            raise ValueError(f"[distill.quantized] trains for {quantized.to}, but no [[export]] ships the student so")
         if self.distill is None and self.student.steps > 1:
             raise ValueError("[student] steps prunes and distils in rounds: add a [distill]")
         return self

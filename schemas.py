@@ -80,6 +80,7 @@ def recipe_reference() -> str:
         "`[distill.on_policy]`": recipe_teaching.OnPolicyConfig,
         "`[distill.sequence]`": recipe_teaching.SequenceConfig,
         "`[distill.lora]`": recipe_training.LoraConfig,
+        "`[distill.quantized]`": recipe_training.QuantizedConfig,
         "`[distill.correct_teacher]`": recipe_training.CorrectionConfig,
         "`[[distill.teacher]]`": recipe_teaching.ExtraTeacherConfig,
         "`[[export]]`": recipe.ExportConfig, "`[bench]`": recipe.BenchConfig,

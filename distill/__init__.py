@@ -18,6 +18,7 @@ from .result import DistillResult
 if TYPE_CHECKING:
     from ..data import DataSets
     from .planning import PlanCost
+    from .quantized import Ship
 
 __all__ = ["DistillResult", "distill"]
 
@@ -36,6 +37,7 @@ def distill(
     cost: PlanCost | None = None,
     progress: Progress = silent,
     others: Sequence[Path] = (),
+    ship: Ship | None = None,
 ) -> DistillResult:
     """Cut a student from the model folder ``teacher``, train it on ``data`` and write the model folder ``out``.
 
@@ -43,7 +45,8 @@ def distill(
     checkpoints, the plan, earlier rounds and what the teacher said; it may be removed afterwards. ``signal``: another
     folder for what the teacher said, which several students of one teacher share. ``start``: a model folder to cut
     instead of the teacher; ``cost`` measures a plan for ``[student.target] latency_ms``; ``others``: the folders of the
-    further teachers that ``config`` names, in its order. Besides the model, ``out`` gets ``distillation.json`` (what
+    further teachers that ``config`` names, in its order. ``ship`` exports a model folder as an artifact folder, in the
+    quantisation that ``config.quantized`` trains for. Besides the model, ``out`` gets ``distillation.json`` (what
     was done) and ``training.jsonl`` (each step's raw loss components).
 
     Raises :class:`~edgestill.errors.RecipeError` (a loss that doesn't fit the task, layers that aren't there),
@@ -56,5 +59,5 @@ def distill(
         raise MissingDependency.package(missing.name or "torch", "distill") from None
     return run(
         teacher, out, student=student, config=config, data=data, max_length=max_length, work=work, signal=signal,
-        start=start, cost=cost, progress=progress, others=others,
+        start=start, cost=cost, progress=progress, others=others, ship=ship,
     )  # fmt: skip

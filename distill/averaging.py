@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = ["Average"]
 
 
 class Average:
-    """``average = d * average + (1 - d) * weights`` after each step, over the trained weights of ``model``.
+    """``average = d * average + (1 - d) * weights`` after each step, over ``weights`` by name.
 
     ``d = min(decay, (1 + n) / (10 + n))`` at update n, counted from 0: else a short run would end at its start.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self._weights = dict(weights)
         self.values = {name: weight.detach().clone() for name, weight in self._weights.items()}
 
     @torch.no_grad()
@@ -34,7 +34,7 @@ class Average:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The model holds the average while the block runs."""
+        """The weights are the average while the block runs."""
         with torch.no_grad():
             trained = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self.apply()
@@ -44,7 +44,7 @@ class Average:
             self._put(trained)
 
     def apply(self) -> None:
-        """Put the average into the model for good."""
+        """Put the average into the weights for good."""
         self._put(self.values)
 
     @torch.no_grad()

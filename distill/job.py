@@ -18,6 +18,7 @@ from .batches import Examples, encode
 from .cache_use import CacheUse, plan_cache
 from .ensemble import check_teachers, normalised
 from .losses import Loss, select_losses
+from .quantized import Ship
 from .rollout import check_on_policy
 from .sampling import stop_ids
 from .sequence import check_sequence
@@ -59,6 +60,8 @@ class Job:
     """What is streamed, instead of ``train``."""
     length: int = 0
     """Tokens of a streamed window."""
+    ship: Ship | None = None
+    """How a model folder becomes the artifact that ``config.quantized`` trains for, which says what decides."""
     shelf: Path | None = None
     """Where the teacher's answers lie, if not in the job's own folder; decides nothing."""
 

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoints import open_model
 from ..errors import RecipeError
@@ -103,7 +103,10 @@ def run_rounds(
         place = work / f"round-{number}"
         with quiet(), limited_threads(job.config.threads), memory_errors():
             plan = ranks.from_first(partial(round_plan, job.start, start, job.plan, student, text, number, place))
-        config = job.config.model_copy(update={"max_steps": steps, "seed": job.config.seed + number - 1})
+        changes: dict[str, Any] = {"max_steps": steps, "seed": job.config.seed + number - 1}
+        if number < student.steps:
+            changes["quantized"] = None  # what is cut further does not ship
+        config = job.config.model_copy(update=changes)
         part = dataclasses.replace(job, start=start, plan=plan, config=config, steps=steps, shelf=job.shelf or work)
         target = out if number == student.steps else place / "student"
         result = run_job(part, target, place, _told(progress, f"round {number} of {student.steps}"))

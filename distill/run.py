@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..checkpoints import ModelFolder, open_model, save_model
-from ..errors import ResourceExhausted
+from ..errors import ResourceExhausted, UsageError
 from ..files import atomic_directory, atomic_write, hash_json, hash_tree, read_json
 from ..progress import Progress, silent
 from ..recipe import DistillConfig, StudentConfig
@@ -29,6 +29,7 @@ from .correction import check_something_to_learn, correction_config
 from .cost import Cost
 from .ensemble import MixedTeacher, normalised
 from .evaluate import HeldOut
+from .fake_quantise import FakeGrid
 from .job import NOT_IDENTITY, Job, prepare
 from .journal import Journal, Row
 from .layer_maps import learn_layer_map
@@ -37,6 +38,7 @@ from .lora import add_lora, merge_lora
 from .objective import Objective
 from .planning import Calibration, PlanCost, find_plan
 from .precision import check_precision, suit_attention
+from .quantized import QuantisedWeights, Ship, check_shipped, shipped_grids
 from .recompute import recompute_blocks
 from .result import DistillResult
 from .rollout import Rollouts
@@ -59,6 +61,7 @@ __all__ = ["run", "run_job"]
 CARD_FILE, JOURNAL_FILE, RESULT_FILE, IDENTITY_FILE = (
     "distillation.json", "training.jsonl", "result.json", "identity.json",
 )  # fmt: skip
+SHIPPED_FROM = "shipped-from"  # inside the work folder, for a moment
 CORRECTED = "teacher"  # inside the work folder
 
 
@@ -76,10 +79,16 @@ def run(
     cost: PlanCost | None = None,
     progress: Progress = silent,
     others: Sequence[Path] = (),
+    ship: Ship | None = None,
 ) -> DistillResult:
     """See :func:`edgestill.distill.distill`."""
     original = folder = open_model(teacher)
     if config is not None:
+        if config.quantized is not None and ship is None:
+            raise UsageError(
+                f"[distill.quantized] trains for {config.quantized.to}, but nothing here exports",
+                hint="pass `ship` to edgestill.distill.distill(), or run the recipe",
+            )
         check_cache(config, folder)
         check_trackers(config.report_to)
         ranks.start()
@@ -101,7 +110,7 @@ def run(
     progress = progress if ranks.is_first() else silent
     further = tuple(open_model(path) for path in others)
     job = prepare(folder, begin, plan, config, data, max_length, vocabulary, further)
-    job = dataclasses.replace(job, shelf=signal, original=None if folder is original else original)
+    job = dataclasses.replace(job, shelf=signal, original=None if folder is original else original, ship=ship)
     if student.steps > 1:
         return run_rounds(job, student, out, work, text, progress, run_job)
     return run_job(job, out, work, progress)
@@ -157,6 +166,7 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     held_out = judges[""]
     if config.lora is not None:
         add_lora(model, config.lora, config.seed)
+    quantised = _quantised(job, model, work, progress) if config.quantized is not None else None
     suit_attention(base_model(model), config.precision, arguments.device)
     objective = Objective(
         model, folder.task, job.weights, temperature=config.temperature, vocab_size=job.vocab_size,
@@ -192,6 +202,7 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
         objective, teacher if objective.needs_teacher else None, job.train, config, arguments,
         pad_id=job.pad_id, journal=journal, measure=measure, seconds=before_kill + time.monotonic() - began,
         progress=progress, rollouts=rollouts, stream=stream_of(job.texts, job.tokenizer, job.length),
+        quantised=quantised,
     )  # fmt: skip
     trainer.learn(checkpoint)
     steps, tokens = int(trainer.state.global_step), int(trainer.state.num_input_tokens_seen)
@@ -215,6 +226,9 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
             card["teachers"] = job.teachers
         if config.sequence is not None:
             card["sequence"] = {"texts": sum(map(bool, job.train.prompts)), "sha256": job.train.digest()}
+        if quantised is not None:
+            card["grids"] = quantised.counts
+            _check_shipped(job, model.to("cpu"), work, progress)
         _write(model.to("cpu"), job.tokenizer, out, job.start, folder, card, journal)
         facts = {**dataclasses.asdict(result), "path": None}
         record = {"identity": identity, "output": hash_tree(out), "result": facts}
@@ -223,6 +237,33 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
         return result
 
     return ranks.from_first(write)
+
+
+def _quantised(job: Job, model: nn.Module, work: Path, progress: Progress) -> QuantisedWeights:
+    """``model`` on the grid that ships, and the proof that the exporter finds its weights there again."""
+    assert job.ship is not None  # run() asked for it
+    assert job.config.quantized is not None
+    ship, to = job.ship, job.config.quantized.to
+
+    def find() -> dict[str, FakeGrid]:
+        progress(f"asking the exporter which weight gets which grid of {to}")
+        return shipped_grids(model, _as_folder(job, model, work), work, ship)
+
+    quantised = QuantisedWeights(model, ranks.from_first(find))
+    ranks.from_first(lambda: _check_shipped(job, model, work, progress))
+    return quantised
+
+
+def _check_shipped(job: Job, model: nn.Module, work: Path, progress: Progress) -> None:
+    assert job.ship is not None
+    progress("checking that the exporter stores exactly these weights")
+    check_shipped(model, _as_folder(job, model, work), work, job.ship)
+    shutil.rmtree(work / SHIPPED_FROM)
+
+
+def _as_folder(job: Job, model: nn.Module, work: Path) -> Path:
+    prefix = job.teacher.prompt_prefix
+    return save_model(model, job.tokenizer, work / SHIPPED_FROM, job.start.folder, prompt_prefix=prefix).path
 
 
 def _measure(student: nn.Module, judges: dict[str, HeldOut]) -> dict[str, float]:
@@ -398,11 +439,12 @@ def _claim(work: Path, identity: str) -> None:
 def _check_room(work: Path, objective: Objective, config: DistillConfig) -> None:
     """Two checkpoints are on disk while one takes the other's place.
 
-    Each holds the weights, two moments of those that are trained, and what ``ema`` and ``patience`` remember.
+    Each holds the weights, two moments of those that are trained, and what ``ema``, ``patience`` and ``quantized``
+    remember.
     """
     weights = sum(p.numel() * p.element_size() for p in objective.parameters())
     trained = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
-    copies = 2 + (config.ema is not None) + (config.patience is not None)
+    copies = 2 + sum(item is not None for item in (config.ema, config.patience, config.quantized))
     needed, free = 2 * (weights + copies * trained), shutil.disk_usage(work).free
     if needed > free:
         raise ResourceExhausted(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import BadInput
 
@@ -19,14 +19,14 @@ _DECIDING = (("corrected_kl", False), ("kl", False), ("spearman", True), ("cosin
 
 
 class EarlyStopping:
-    """Remembers the best weights of ``model`` (on the CPU) and how many measurements since were no better."""
+    """Remembers the best values of ``weights`` (on the CPU) and how many measurements since were no better."""
 
-    def __init__(self, model: nn.Module, patience: int) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], patience: int) -> None:
         self.patience = patience
         self.best_step: int | None = None
         self.best_value = math.nan
         self.waited = 0
-        self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self._weights = dict(weights)
         self._best: dict[str, Tensor] = {}
 
     @property
@@ -53,7 +53,7 @@ class EarlyStopping:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the best weights back into the model."""
+        """Put the best values back into the weights."""
         for name, value in self._best.items():
             self._weights[name].copy_(value)
 

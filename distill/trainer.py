@@ -27,6 +27,7 @@ from .batches import Batch, Examples, collate, plan_batches
 from .checkpoint import full_disk_is_said, load_torch_state, save_torch_state, sweep_checkpoints, write_checkpoint
 from .journal import Journal
 from .objective import Counts, Objective, count_items
+from .quantized import QuantisedWeights
 from .rollout import Rollouts
 from .stopping import EarlyStopping
 from .stream import StreamedBatches, TokenStream
@@ -37,6 +38,7 @@ __all__ = ["DistillTrainer", "training_arguments"]
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 WEIGHTS_FILE, CLOCK_FILE, ROLLOUT_FILE = "weights.pt", "clock.json", "rollout.json"
 EXTRA_FILE, STATE_FILE = "extra.pt", "trainer_state.json"
+_Part = Average | EarlyStopping | TokenStream | QuantisedWeights
 STOP = "stop"  # travels with the counts: how many processes were asked to stop
 
 
@@ -102,6 +104,7 @@ class DistillTrainer(transformers.Trainer):
         progress: Progress = silent,
         rollouts: Rollouts | None = None,
         stream: TokenStream | None = None,
+        quantised: QuantisedWeights | None = None,
     ) -> None:
         self._rollouts = rollouts
         self._teacher = teacher
@@ -119,8 +122,12 @@ class DistillTrainer(transformers.Trainer):
         self._batch_size, self._pad_id = config.batch_size, pad_id
         self._measure = measure
         self._evaluate_every = config.evaluate_every
-        self._average = Average(objective.student, config.ema) if config.ema else None
-        self._stopping = EarlyStopping(objective.student, config.patience) if config.patience else None
+        self._quantised = quantised
+        weights = {name: weight for name, weight in objective.student.named_parameters() if weight.requires_grad}
+        if quantised is not None:
+            weights = quantised.trained
+        self._average = Average(weights, config.ema) if config.ema else None
+        self._stopping = EarlyStopping(weights, config.patience) if config.patience else None
         self._asked_to_stop = self._all_asked_to_stop = False
         super().__init__(
             model=objective,
@@ -151,6 +158,7 @@ class DistillTrainer(transformers.Trainer):
             self._stopping.restore()
         elif self._average is not None:
             self._average.apply()
+        self._onto_the_grid()
 
     @property
     def is_over(self) -> bool:
@@ -195,11 +203,15 @@ class DistillTrainer(transformers.Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure the student (its moving average) on the dev split; early stopping looks at it."""
         with self._average.applied() if self._average is not None else contextlib.nullcontext():
+            if self._average is not None:
+                self._onto_the_grid()
             metrics = self._measure()
             step = self.state.global_step
             row: dict[str, Any] = {"step": step, "tokens": int(self.state.num_input_tokens_seen), "dev": metrics}
             if self._stopping is not None:
                 self._stopping.saw(step, metrics)
+        if self._average is not None:
+            self._onto_the_grid()
         row["waited"] = self._stopping.waited if self._stopping is not None else 0
         self._journal.append(row)
         named = {f"eval_{name}": value for name, value in metrics.items()}
@@ -208,6 +220,21 @@ class DistillTrainer(transformers.Trainer):
         if self._stopping is not None and self._stopping.exhausted:
             self.control.should_save = self.control.should_training_stop = True
         return named
+
+    def _onto_the_grid(self) -> None:
+        """The masters were changed: the model gets what would ship of them."""
+        if self._quantised is not None:
+            self._quantised.refresh()
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self._quantised is not None:
+            self._quantised.limit_gradients()
+        return super()._clip_grad_norm(model)
+
+    def around_step(self, after: bool) -> None:
+        """The optimiser moves the float masters of quantised weights."""
+        if self._quantised is not None:
+            (self._quantised.after_step if after else self._quantised.before_step)()
 
     @property
     def seconds(self) -> float:
@@ -313,19 +340,26 @@ class DistillTrainer(transformers.Trainer):
             for name, part in parts.items():
                 part.load_state_dict(state[name])
 
-    def _extra(self) -> dict[str, Average | EarlyStopping | TokenStream]:
+    def _extra(self) -> dict[str, _Part]:
         """What a checkpoint holds beside the Trainer's own state."""
-        parts: dict[str, Average | EarlyStopping | TokenStream | None] = {
-            "average": self._average, "stopping": self._stopping, "stream": self._stream,
+        parts: dict[str, _Part | None] = {
+            "average": self._average, "stopping": self._stopping, "stream": self._stream, "masters": self._quantised,
         }  # fmt: skip
         return {name: part for name, part in parts.items() if part is not None}
 
 
 class _AfterStep(transformers.TrainerCallback):
-    """Calls :meth:`DistillTrainer.after_step`, when the Trainer has decided what it wants to do itself."""
+    """Calls :meth:`DistillTrainer.after_step`, when the Trainer has decided what it wants to do itself, and
+    :meth:`DistillTrainer.around_step` right before and after the optimiser's."""
 
     def __init__(self, trainer: DistillTrainer) -> None:
         self._trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.around_step(after=False)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.around_step(after=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer.after_step()

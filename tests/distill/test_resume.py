@@ -66,6 +66,15 @@ def arm(kill):
     return progress
 
 
+def ship(config):
+    """The exporter that a quantised student is trained for."""
+    from edgestill.export import export
+    from edgestill.recipe import ExportConfig
+
+    to = (config.get("quantized") or {}).get("to")
+    return to and (lambda model, out: export(model, out, ExportConfig(to=to)))
+
+
 def live(job, kill):
     pid = os.fork()
     if pid:
@@ -74,7 +83,7 @@ def live(job, kill):
     try:
         distill(teacher, place / job["name"] / "out", student=StudentConfig(layers=2), data=data, max_length=32,
                 config=DistillConfig(**{**PLAIN, **job["config"]}),
-                work=place / job["name"] / "work", progress=arm(kill))
+                work=place / job["name"] / "work", progress=arm(kill), ship=ship(job["config"]))
         code = 0
     except BaseException:
         import traceback
@@ -184,3 +193,22 @@ def test_a_killed_run_with_a_teacher_cache_ends_with_the_same_bytes(
     assert report["killed"]["killed"] == [9, 9, 9, 9]
     assert report["killed"]["hash"] == report["shared"]["hash"] == report["whole"]["hash"] != report["live"]["hash"]
     assert not any(name.startswith("tokens-") for name in report["shared"]["left"])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_killed_run_on_the_grid_ends_with_the_same_bytes(tiny_llama: Path, tmp_path: Path, sentences: list[str]):
+    pytest.importorskip("onnxruntime")
+    config = {
+        "loss": {"forward_kl": 1.0}, "max_steps": 6, "save_every": 2, "ema": 0.9, "evaluate_every": 2, "patience": 3,
+        "learning_rate": 1e-3, "quantized": {"to": "onnx:int4"},
+    }  # fmt: skip
+    kills = ["step:1", "step:3", "file:extra.pt@4", "step:5", "card:", "result:"]
+    jobs = [
+        {"name": "whole", "config": config, "kills": []},
+        {"name": "killed", "config": config, "kills": kills},
+        {"name": "float", "config": {**config, "quantized": None}, "kills": []},
+    ]
+    report = _lives(tiny_llama, tmp_path, jobs, sentences)
+    assert report["killed"]["killed"] == [9] * len(kills)
+    assert report["killed"]["hash"] == report["whole"]["hash"] != report["float"]["hash"]
+    assert report["killed"]["left"] == report["whole"]["left"]

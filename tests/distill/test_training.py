@@ -126,7 +126,7 @@ def test_a_device_without_bf16_is_one_line(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_average_is_the_weighted_sum_of_all_steps():
     linear = torch.nn.Linear(3, 2).double()
-    average = Average(linear, 0.9)
+    average = Average(dict(linear.named_parameters()), 0.9)
     seen = [linear.weight.detach().clone()]
     expected = seen[0].clone()
     for step in range(12):
@@ -140,7 +140,7 @@ def test_the_average_is_the_weighted_sum_of_all_steps():
     with average.applied():
         assert torch.equal(linear.weight, average.values["weight"])
     assert torch.equal(linear.weight, now)
-    other = Average(torch.nn.Linear(3, 2).double(), 0.9)
+    other = Average(dict(torch.nn.Linear(3, 2).double().named_parameters()), 0.9)
     other.load_state_dict(average.state_dict())
     assert other.updates == 12
     assert torch.equal(other.values["weight"], average.values["weight"])
@@ -182,7 +182,7 @@ def test_early_stopping_goes_by_kl_or_by_spearman():
     linear = torch.nn.Linear(1, 1)
     cases = (("kl", (3.0, 2.0, 2.0, 5.0), [0, 0, 1, 2]), ("spearman", (0.125, 0.5, 0.25), [0, 0, 1]))
     for metric, values, waited in cases:
-        stopping = EarlyStopping(linear, 2)
+        stopping = EarlyStopping(dict(linear.named_parameters()), 2)
         seen = []
         for step, value in enumerate(values):
             with torch.no_grad():
