@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from .errors import BadInput, Unsupported
 
-__all__ = ["GGML_GRIDS", "GgmlGrid", "dequantise", "ggml_grid", "ggml_size", "quantise"]
+__all__ = ["GGML_GRIDS", "IQ4_VALUES", "GgmlGrid", "dequantise", "ggml_grid", "ggml_size", "quantise"]
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -24,7 +24,7 @@ Decoder = Callable[[Bytes], Floats]
 # Elements decoded at a time: keeps the temporaries in the cache and memory at that of the result.
 _CHUNK_ELEMENTS = 1 << 18
 
-_IQ4_VALUES = np.array(
+IQ4_VALUES = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
 )  # the 16 levels of IQ4_NL and IQ4_XS, ggml-common.h
 
@@ -97,7 +97,7 @@ def _q8_0(blocks: Bytes) -> Floats:
 
 
 def _iq4_nl(blocks: Bytes) -> Floats:
-    return _IQ4_VALUES[_nibbles(blocks[:, 2:])] * _half(blocks, 0)
+    return IQ4_VALUES[_nibbles(blocks[:, 2:])] * _half(blocks, 0)
 
 
 def _iq4_xs(blocks: Bytes) -> Floats:
@@ -106,7 +106,7 @@ def _iq4_xs(blocks: Bytes) -> Floats:
     scales = np.stack([low & 15, low >> 4], axis=2).reshape(-1, 8)
     scales = scales | (((high >> (2 * np.arange(8, dtype=np.uint16))) & 3) << 4).astype(np.uint8)
     step = _half(blocks, 0) * (scales.astype(np.float32) - 32)
-    return _flat(step[:, :, None] * _IQ4_VALUES[_nibbles(blocks[:, 8:].reshape(-1, 8, 16))])
+    return _flat(step[:, :, None] * IQ4_VALUES[_nibbles(blocks[:, 8:].reshape(-1, 8, 16))])
 
 
 def _q2_k(blocks: Bytes) -> Floats:
