@@ -14,6 +14,9 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 
+_LOW, _FOUR = np.uint8(15), np.uint8(4)
+
+
 class Packable(Protocol):
     """A block of all rows, see :class:`.compensate_ggml.GgmlBlock`."""
 
@@ -36,18 +39,18 @@ def _half(values: Floats) -> Bytes:
 def _nibbles(codes: Bytes) -> Bytes:
     """``[…, 2 n]`` codes to ``[…, n]`` bytes: the first half low, the second high."""
     half = codes.shape[-1] // 2
-    return (codes[..., :half] & 15) | ((codes[..., half:] & 15) << 4)
+    return (codes[..., :half] & _LOW) | ((codes[..., half:] & _LOW) << _FOUR)
 
 
 def _bits(codes: Bytes) -> Bytes:
     """The fifth bit of 32 codes as 4 bytes."""
-    return np.packbits((codes >> 4) & 1, axis=1, bitorder="little")
+    return np.packbits((codes >> _FOUR) & np.uint8(1), axis=1, bitorder="little")
 
 
 def _crumbs(codes: Bytes) -> Bytes:
     """256 codes of two bits as 64 bytes: in each half, four runs of 32 share their bytes."""
-    runs = codes.reshape(-1, 2, 4, 32) & 3
-    return (runs[:, :, 0] | runs[:, :, 1] << 2 | runs[:, :, 2] << 4 | runs[:, :, 3] << 6).reshape(-1, 64)
+    runs = (codes.reshape(-1, 2, 4, 32) & np.uint8(3)) << np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return np.bitwise_or.reduce(runs, axis=2).reshape(-1, 64)
 
 
 def _rows(block: Packable) -> Bytes:
@@ -110,8 +113,8 @@ def _twelve(block: Packable) -> Bytes:
 
 def _pairs(codes: Bytes) -> Bytes:
     """256 codes as 128 bytes: runs of 32 in pairs, the first low."""
-    runs = codes.reshape(-1, 4, 2, 32) & 15
-    return (runs[:, :, 0] | runs[:, :, 1] << 4).reshape(-1, 128)
+    runs = codes.reshape(-1, 4, 2, 32) & _LOW
+    return (runs[:, :, 0] | runs[:, :, 1] << _FOUR).reshape(-1, 128)
 
 
 def _q4_k(block: Packable) -> list[Bytes]:
@@ -130,7 +133,7 @@ def _q6_k(block: Packable) -> list[Bytes]:
     first = low[:, :, 0] | low[:, :, 2] << 4
     second = low[:, :, 1] | low[:, :, 3] << 4
     halves = np.stack([first, second], axis=2).reshape(-1, 128)
-    return [halves, _crumbs((codes >> 4).reshape(-1, 256)), block.scale.T.astype(np.int8).view(np.uint8),
+    return [halves, _crumbs((codes >> _FOUR).reshape(-1, 256)), block.scale.T.astype(np.int8).view(np.uint8),
             _half(block.step)]  # fmt: skip
 
 

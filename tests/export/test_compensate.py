@@ -66,7 +66,9 @@ def test_what_lies_on_the_grid_already_is_kept() -> None:
     weight = rng.standard_normal((8, 64)).astype(np.float32)
     on_grid = dequantise("q8_0", quantise("q8_0", weight), weight.shape)
     moment = np.eye(64) + 0.5
-    np.testing.assert_allclose(dequantise("q8_0", encode_ggml("q8_0", on_grid, moment), weight.shape), on_grid, rtol=1e-3)
+    np.testing.assert_allclose(
+        dequantise("q8_0", encode_ggml("q8_0", on_grid, moment), weight.shape), on_grid, rtol=1e-3
+    )
 
 
 def test_errors_are_spread_as_least_squares_says() -> None:
