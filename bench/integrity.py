@@ -219,6 +219,9 @@ def _judge(payload: Any, tensor: Any, weight: Floats, turned: bool) -> tuple[str
         return f"it can't be read back: {error}", np.inf
     if decoded.shape != weight.shape:
         return f"it is stored as {list(decoded.shape)}, the student has {list(weight.shape)}", np.inf
+    shift = sum(int(step[1]) for step in tensor.layout if step[0] == "add")
+    if shift:  # judged as it is stored: 1 + w is rounded at the size of 1, not of w
+        weight, decoded = weight - np.float32(shift), decoded - np.float32(shift)
     found = weight_error(tensor.grid, weight.T, decoded.T) if turned else weight_error(tensor.grid, weight, decoded)
     return f"{found.what} is {min(found.worst, 1e9):.3g} times what {tensor.grid} allows", found.worst
 

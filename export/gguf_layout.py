@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..architectures import FULL_ATTENTION, SLIDING_ATTENTION
 from ..errors import Unsupported
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ __all__ = ["GGUF_ARCHITECTURES", "Placed", "place", "rope_factors", "rope_parame
 Floats = npt.NDArray[np.float32]
 
 GGUF_ARCHITECTURES = {
-    "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
+    "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3", "gpt2": "gpt2",
     "bert": "bert", "distilbert": "bert", "electra": "bert", "roberta": "bert", "xlm-roberta": "bert",
 }  # fmt: skip
 """``model_type`` of Transformers -> ``general.architecture`` of llama.cpp."""
@@ -33,6 +34,21 @@ _DECODER_LAYER = {
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 _DECODER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_GEMMA3_LAYER = {
+    **_DECODER_LAYER, "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
+_GPT2_LAYER = {
+    "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
+}  # fmt: skip
+_GPT2 = {
+    "transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm",
+    "lm_head": "output",
+}  # fmt: skip
+# model type -> names outside of the layers, names inside
+_DECODERS = {"gemma3_text": (_DECODER, _GEMMA3_LAYER), "gpt2": (_GPT2, _GPT2_LAYER)}
+_LLAMA_LIKE = (_DECODER, _DECODER_LAYER)
 
 _BERT_LAYER = {
     "attention.self.query": "attn_q", "attention.self.key": "attn_k", "attention.self.value": "attn_v",
@@ -63,8 +79,9 @@ _ALWAYS_FLOAT = ("position_embd.weight", "token_types.weight")
 class Placed:
     """A parameter ``name`` (shape ``shape`` in the model) that is stored as ``stored``.
 
-    ``skip_rows`` leading rows are left out; ``rope_heads`` heads are permuted by :func:`rope_permute`. ``is_matrix``
-    tensors take the file's float type, the others stay float32.
+    ``skip_rows`` leading rows are left out; ``rope_heads`` heads are permuted by :func:`rope_permute`; a ``turned``
+    matrix is transposed; ``shift`` is added (a norm that multiplies by 1 + w is stored as that). ``is_matrix`` tensors
+    take the file's float type, the others stay float32.
     """
 
     name: str
@@ -72,6 +89,8 @@ class Placed:
     shape: tuple[int, ...]
     skip_rows: int = 0
     rope_heads: int | None = None
+    turned: bool = False
+    shift: int = 0
 
     @property
     def is_matrix(self) -> bool:
@@ -81,11 +100,15 @@ class Placed:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape in the file, rows first."""
-        return (self.shape[0] - self.skip_rows, *self.shape[1:])
+        return self.shape[::-1] if self.turned else (self.shape[0] - self.skip_rows, *self.shape[1:])
 
     @property
     def layout(self) -> tuple[tuple[Any, ...], ...]:
         """Steps from the stored array to the parameter, for ``tensors.json``."""
+        if self.turned:
+            return (("transpose",),)
+        if self.shift:
+            return (("add", -self.shift),)
         return (("rope_unpermute", self.rope_heads),) if self.rope_heads else ()
 
     def pieces(self, read: Callable[[str, int, int], Floats], most: int) -> Iterator[Floats]:
@@ -94,7 +117,14 @@ class Placed:
         ``read(name, begin, end)`` gives rows of the parameter in the model's own order.
         """
         if len(self.shape) < 2:
-            yield read(self.name, self.skip_rows, self.shape[0])
+            values = read(self.name, self.skip_rows, self.shape[0])
+            yield values + np.float32(self.shift) if self.shift else values
+            return
+        if self.turned:  # its rows are the file's columns, so it is held whole
+            whole = read(self.name, 0, self.shape[0])
+            rows_each = max(1, most // self.shape[0])
+            for begin in range(0, self.shape[1], rows_each):
+                yield np.ascontiguousarray(whole[:, begin : begin + rows_each].T)
             return
         unit = self.shape[0] // self.rope_heads if self.rope_heads else 1  # rows move within a head
         units = max(1, most // (unit * math.prod(self.shape[1:])))
@@ -139,7 +169,8 @@ def place(model: ModelFolder, shapes: dict[str, tuple[int, ...]]) -> list[Placed
 
 def _names(model: ModelFolder) -> dict[str, str]:
     if model.task == "text-generation":
-        names, layer = dict(_DECODER), _DECODER_LAYER
+        outside, layer = _DECODERS.get(model.architecture, _LLAMA_LIKE)
+        names = dict(outside)
     else:
         base = model.embeddings_path.partition("embeddings.")[0]
         names = {base + name: stored for name, stored in _BERT.items()}
@@ -160,6 +191,10 @@ def _placed(model: ModelFolder, name: str, stored: str, shape: tuple[int, ...]) 
         )
     if stored == "position_embd.weight" and model.architecture in ("roberta", "xlm-roberta"):
         return Placed(name, stored, shape, skip_rows=config["pad_token_id"] + 1)  # positions count from padding_idx + 1
+    if name in model.turned:
+        return Placed(name, stored, shape, turned=True)
+    if model.architecture == "gemma3_text" and stored.endswith("norm.weight"):
+        return Placed(name, stored, shape, shift=1)
     return Placed(name, stored, shape)
 
 
@@ -178,6 +213,14 @@ def _check(model: ModelFolder) -> None:
     if model.task == "text-classification" and model.architecture not in _HEADS:
         raise Unsupported(f"llama.cpp has no classification head like that of {model.architecture}", hint=hint)
     config = model.config
+    if model.architecture == "gpt2":
+        _expect(config["activation_function"] in _GELU, "activation", config["activation_function"])
+        for key, wanted in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+            _expect(bool(config.get(key, wanted)) == wanted, key, config.get(key))
+        return
+    if model.architecture == "gemma3_text":
+        _check_gemma3(model)
+        return
     if model.task == "text-generation":
         _expect(config.get("hidden_act", "silu") == "silu", "activation", config.get("hidden_act"))
         _expect(not config.get("mlp_bias"), "mlp_bias", config.get("mlp_bias"))
@@ -202,6 +245,24 @@ def _check(model: ModelFolder) -> None:
     _expect(not config.get("is_decoder"), "is_decoder", True)
 
 
+def _check_gemma3(model: ModelFolder) -> None:
+    """What llama.cpp's gemma3 takes for granted; its attention scale is not in the file but follows from sizes."""
+    config = model.config
+    activation = config["hidden_activation"]
+    _expect(activation in ("gelu_pytorch_tanh", "gelu_new"), "activation", activation)
+    heads, scalar = config["num_attention_heads"], config["query_pre_attn_scalar"]
+    implied = model.hidden_size // heads if model.layers == 62 else config["head_dim"]  # 62 layers: the 27B model
+    if scalar != implied:
+        raise Unsupported(
+            f"llama.cpp scales the attention of this gemma3 by 1 / sqrt({implied}), its config says "
+            f"query_pre_attn_scalar = {scalar}",
+            hint="export it to onnx or coreml",
+        )
+    local = config["rope_parameters"][SLIDING_ATTENTION]
+    _expect(local["rope_type"] == "default", "a rope_type of sliding layers", local["rope_type"])
+    rope_parameters(model)
+
+
 def _expect(fine: bool, key: str, value: object) -> None:
     if not fine:
         raise Unsupported(f"llama.cpp can't run a model with {key} = {value!r}", hint="export it to onnx or coreml")
@@ -213,7 +274,8 @@ def rope_parameters(model: ModelFolder) -> dict[str, Any]:
     Raises :class:`Unsupported` for scalings other than linear, yarn and llama3.
     """
     config = model.config
-    found = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    given = config.get("rope_parameters") or {}
+    found = {**(config.get("rope_scaling") or {}), **given.get(FULL_ATTENTION, given)}
     kind = found.pop("type", None) or "default"
     found.setdefault("rope_type", kind)
     found.setdefault("rope_theta", config.get("rope_theta", 10000.0))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints import ARCHITECTURES
+from ..architectures import ARCHITECTURES, SLIDING_ATTENTION
 from .gguf_layout import GGUF_ARCHITECTURES, rope_parameters
 
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ def model_metadata(model: ModelFolder, length: int, file_type: int) -> Metadata:
 
 def _decoder(model: ModelFolder, length: int) -> Iterator[tuple[str, Any]]:
     config = model.config
+    if model.architecture == "gpt2":
+        yield from _gpt2(model)
+        return
     heads = config["num_attention_heads"]
     yield "block_count", model.layers
     yield "context_length", length
@@ -63,6 +66,8 @@ def _decoder(model: ModelFolder, length: int) -> Iterator[tuple[str, Any]]:
         yield "attention.value_length", config["head_dim"]
     rope = rope_parameters(model)
     yield "rope.freq_base", float(rope["rope_theta"])
+    if model.architecture == "gemma3_text":
+        yield from _sliding(config)
     if rope["rope_type"] in ("linear", "yarn"):
         yield "rope.scaling.type", rope["rope_type"]
         yield "rope.scaling.factor", float(rope["factor"])
@@ -75,6 +80,28 @@ def _decoder(model: ModelFolder, length: int) -> Iterator[tuple[str, Any]]:
         ):
             if rope.get(theirs) is not None:
                 yield f"rope.scaling.yarn_{ours}", float(rope[theirs])
+
+
+def _sliding(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Gemma 3's windows. Every sixth layer without one is what llama.cpp takes for granted; else each is named."""
+    kinds = [kind == SLIDING_ATTENTION for kind in config["layer_types"]]
+    if not any(kinds):
+        return
+    yield "attention.sliding_window", config["sliding_window"]
+    yield "rope.freq_base_swa", float(config["rope_parameters"][SLIDING_ATTENTION]["rope_theta"])
+    if kinds != [bool((index + 1) % 6) for index in range(len(kinds))]:
+        yield "attention.sliding_window_pattern", kinds
+
+
+def _gpt2(model: ModelFolder) -> Iterator[tuple[str, Any]]:
+    config = model.config
+    yield "block_count", model.layers
+    # The length of the position table, whatever the artifact's limit is: llama.cpp wants them equal.
+    yield "context_length", config["n_positions"]
+    yield "embedding_length", model.hidden_size
+    yield "feed_forward_length", config["n_inner"]
+    yield "attention.head_count", config["n_head"]
+    yield "attention.layer_norm_epsilon", float(config["layer_norm_epsilon"])
 
 
 def _encoder(model: ModelFolder) -> Iterator[tuple[str, Any]]:
@@ -99,12 +126,13 @@ def kv_cache_bytes_per_token(model: ModelFolder) -> int | None:
     """Bytes that one token takes in llama.cpp's default (float16) KV cache; ``None`` for an encoder."""
     if model.task != "text-generation":
         return None
-    heads = model.config.get("num_key_value_heads") or model.config["num_attention_heads"]
+    heads = model.config.get("num_key_value_heads") or model.config[ARCHITECTURES[model.architecture].heads_key]
     return 2 * 2 * model.layers * int(heads) * _head_size(model)
 
 
 def _head_size(model: ModelFolder) -> int:
-    return int(model.config.get("head_dim") or model.hidden_size // model.config["num_attention_heads"])
+    heads = model.config[ARCHITECTURES[model.architecture].heads_key]
+    return int(model.config.get("head_dim") or model.hidden_size // heads)
 
 
 def _size_label(parameters: int) -> str:

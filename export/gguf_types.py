@@ -76,7 +76,7 @@ def tensor_types(placed: Sequence[Placed], mixture: Mixture, asked: Mapping[str,
     """
     manual = _manual(placed, asked or {})
     base = FILE_TYPES[mixture.file_type].grid
-    columns = {item.stored: item.shape[-1] for item in placed}
+    columns = {item.stored: item.stored_shape[-1] for item in placed}
     matrices = {item.stored for item in placed if item.is_matrix}
     found = dict.fromkeys(columns, "f32")
     if base in FLOATS:
@@ -106,7 +106,7 @@ def _manual(placed: Sequence[Placed], asked: Mapping[str, str]) -> dict[str, str
             raise UsageError(f"types: {name!r} is no matrix of this model", hint=nearest(name, matrices))
         if grid not in GGML_GRIDS:
             raise UsageError(f"types: unknown GGUF type {grid!r} for {name}", hint=nearest(grid, list(GGML_GRIDS)))
-        columns, block = known[name].shape[-1], GGML_GRIDS[grid].elements
+        columns, block = known[name].stored_shape[-1], GGML_GRIDS[grid].elements
         if columns % block:
             raise Unsupported(
                 f"types: {name} has rows of {columns} values, which are no whole {grid} blocks of {block}",

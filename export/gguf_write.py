@@ -82,9 +82,11 @@ def _value(value: Any) -> bytes:
             return struct.pack("<If", _FLOAT32, value)
         case bytes():
             return struct.pack("<IIQ", _ARRAY, _UINT8, len(value)) + value
-    head = {str: _STRING, float: _FLOAT32, int: _INT32}[type(value[0])]
+    head = {str: _STRING, float: _FLOAT32, int: _INT32, bool: _BOOL}[type(value[0])]
     if head == _STRING:
         items = b"".join(_string(item) for item in value)
+    elif head == _BOOL:
+        items = bytes(value)
     else:
         items = np.asarray(value, "<f4" if head == _FLOAT32 else "<i4").tobytes()
     return struct.pack("<IIQ", _ARRAY, head, len(value)) + items

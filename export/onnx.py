@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..architectures import supported
 from ..artifact import TensorSpec
 from ..checkpoints import ModelFolder
 from ..errors import MissingDependency, Unsupported
 from ..progress import Progress, silent
+from ..quantisation_onnx import parse
 from .onnx_file import EXTERNAL_BYTES, Spool
 from .onnx_graph import ENCODER_SCHEMES, MICROSOFT, SCHEMES, Graph, Scheme
+from .onnx_portable import PortableGraph
 from .turned import LinearWeights
 from .writer import Draft, context_length
 
@@ -52,12 +55,16 @@ def write(
 
     length = context_length(model, config)
     schemes = SCHEMES if model.task == "text-generation" else ENCODER_SCHEMES
-    scheme = schemes[config.quantisation]
+    wanted = parse(config.quantisation)
+    if wanted.portable and model.task != "text-generation":
+        raise Unsupported(f"onnx:{wanted.name}: a portable graph of a {model.task} model",
+                          hint=f"decoders have one: {supported('decoder')}")  # fmt: skip
+    scheme = schemes[wanted.base]
     spool = Spool(folder)
     try:
         progress(f"{config.variant}: writing the graph", 0.0)
         weights = LinearWeights(model)
-        graph = Graph(weights, scheme, spool)
+        graph = (PortableGraph if wanted.portable else Graph)(weights, scheme, spool)
         kv_bytes = None
         if model.task == "text-generation":
             from .onnx_decoder import build_decoder
@@ -70,7 +77,7 @@ def write(
         else:
             raise Unsupported(f"ONNX: no writer for the task {model.task!r}", hint="export another format")
         target = folder / "model.onnx"
-        spool.write(_shell(graph, inputs, outputs), target, external_bytes=external_bytes)
+        spool.write(_shell(graph, inputs, outputs, wanted.portable), target, external_bytes=external_bytes)
     finally:
         spool.close()
     found = histogram(OnnxFile(target))
@@ -90,7 +97,7 @@ def write(
     )  # fmt: skip
 
 
-def _shell(graph: Graph, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Any:
+def _shell(graph: Graph, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], portable: bool) -> Any:
     """The ModelProto without weights: no path, no time, no version of a tool stands in it."""
     from onnx import TensorProto, helper
 
@@ -100,7 +107,7 @@ def _shell(graph: Graph, inputs: Sequence[TensorSpec], outputs: Sequence[TensorS
         for specs in (inputs, outputs)
     ]
     body = helper.make_graph(graph.nodes, "edgestill", *infos)
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+    opsets = [helper.make_opsetid("", OPSET), *([] if portable else [helper.make_opsetid(MICROSOFT, 1)])]
     return helper.make_model(body, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgestill")
 
 

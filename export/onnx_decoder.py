@@ -1,8 +1,8 @@
 """The graph of a decoder, written node by node from its plan (``decoder_plan.py``).
 
 This file says in which order things happen; how a norm, an activation or attention is written stands in a dialect
-(``onnx_fused.py``). The residual stream and the norms stay float32 in every variant: SmolLM2's reaches 22,552, whose
-square is beyond half precision.
+(``onnx_fused.py``, ``onnx_portable.py``). The residual stream and the norms stay float32 in every variant: SmolLM2's
+reaches 22,552, whose square is beyond half precision.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ..checkpoints import ModelFolder
 from .decoder_plan import DecoderPlan, LayerPlan, decoder_plan
 from .onnx_fused import Fused
 from .onnx_graph import Graph
+from .onnx_portable import Portable, PortableGraph
 
 __all__ = ["Dialect", "build_decoder"]
 
@@ -53,7 +54,8 @@ def build_decoder(
     ``input_ids [batch, length]``, ``attention_mask [batch, total]`` (1 for each past and present real token; padding
     on the right, without a past only), ``past_key_values.{i}.key/value [batch, kv_heads, past, head_dim]`` ->
     ``logits [batch, length, vocab]``, ``present.{i}.key/value``. ``length`` tokens at most in all. ``kv_cache``
-    ``"fp16"`` keeps keys and values in half precision whatever the weights are.
+    ``"fp16"`` keeps keys and values in half precision whatever the weights are. A
+    :class:`~edgestill.export.onnx_portable.PortableGraph` gets standard operators only.
 
     Raises :class:`~edgestill.errors.Unsupported` for a part that has no graph.
     """
@@ -86,7 +88,7 @@ def build_decoder(
 
 def _dialect(graph: Graph, plan: DecoderPlan, length: int, kv_cache: str | None) -> Dialect:
     cache = "float16" if graph.scheme.half or kv_cache == "fp16" else "float32"
-    return Fused(graph, plan, length, cache)
+    return (Portable if isinstance(graph, PortableGraph) else Fused)(graph, plan, length, cache)
 
 
 def _interface(

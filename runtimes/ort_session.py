@@ -50,6 +50,9 @@ class OrtSession:
                 hint="export it again, or update onnxruntime; the artifact's minimum_runtime says what it needs",
             ) from error
         self._past = [name for name in self._inputs if name.startswith("past_key_values.")]
+        # A graph of standard operators puts the new tokens behind the past; ONNX Runtime's own extends a buffer.
+        lengths = [item.shape[2] for item in self._session.get_outputs() if item.name.startswith("present.")]
+        self._appends = lengths[:1] == ["total"]
 
     def info(self) -> SessionInfo:
         """Runtime, version, execution provider and how many nodes it took."""
@@ -95,6 +98,9 @@ class OrtSession:
     def _decode(self, ids: Ints, count: int, total: int, logits: bool) -> Iterator[DecodedToken]:
         session = self._live()
         mask = np.ones((1, total), np.int64)
+        if self._appends:
+            yield from self._decode_appending(ids, mask, count, logits)
+            return
         binding = session.io_binding()
         for name in self._past:
             shape, dtype = self._cache_shape(name, 1, total)
@@ -113,6 +119,31 @@ class OrtSession:
             end = time.perf_counter()
             yield DecodedToken(token, end - begin, np.array(last, np.float32) if logits else None)
             begin = time.perf_counter()
+            ids = np.array([[token]], np.int64)
+            used += 1
+
+    def _decode_appending(self, ids: Ints, mask: Ints, count: int, logits: bool) -> Iterator[DecodedToken]:
+        """What comes out as present goes in as past, as it is."""
+        session, used = self._live(), ids.shape[1]
+        binding = session.io_binding()
+        for name in self._past:
+            binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(self._empty(name, 1)))
+        names = ["logits", *(name.replace("past_key_values", "present") for name in self._past)]
+        begin = time.perf_counter()
+        for _ in range(count):
+            for name in names:
+                binding.bind_output(name)
+            binding.bind_cpu_input("input_ids", ids)
+            binding.bind_cpu_input("attention_mask", mask[:, :used])
+            session.run_with_iobinding(binding)
+            results = binding.get_outputs()
+            last = results[0].numpy()[0, -1]
+            token = int(last.argmax())
+            end = time.perf_counter()
+            yield DecodedToken(token, end - begin, np.array(last, np.float32) if logits else None)
+            begin = time.perf_counter()
+            for name, value in zip(self._past, results[1:], strict=True):
+                binding.bind_ortvalue_input(name, value)
             ids = np.array([[token]], np.int64)
             used += 1
 

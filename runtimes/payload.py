@@ -85,7 +85,8 @@ def _damage(what: str) -> Iterator[None]:
 
 def apply_layout(values: Floats, steps: Sequence[Sequence[Any]], *, name: str = "tensor") -> Floats:
     """Apply layout steps in order: ``["transpose"]`` (reverse the axes), ``["reshape", d0, d1, …]``,
-    ``["slice", axis, start, stop]``, ``["rope_unpermute", heads]``.
+    ``["slice", axis, start, stop]``, ``["rope_unpermute", heads]``, ``["add", whole number]`` (a norm that multiplies
+    by 1 + w is stored as that sum in GGUF).
 
     ``rope_unpermute`` undoes the order that llama.cpp keeps the rows of q and k in: GGUF interleaves the two halves of
     each head's rotary dimensions, Transformers keeps them apart. ``heads`` is the number of (key-value) heads.
@@ -124,6 +125,10 @@ def _rope_unpermute(values: Floats, heads: int) -> Floats:
     return values.reshape(heads, rows // heads // 2, 2, *rest).swapaxes(1, 2).reshape(values.shape)
 
 
+def _add(values: Floats, amount: int) -> Floats:
+    return values + np.float32(amount)
+
+
 def _transpose(values: Floats) -> Floats:
     return values.T
 
@@ -133,4 +138,5 @@ _STEPS: Mapping[str, Any] = {
     "reshape": _reshape,
     "slice": _slice,
     "rope_unpermute": _rope_unpermute,
+    "add": _add,
 }
