@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from .quantisation import Quantisation, parse_quantisation
 from .recipe_base import Name, Positive, Strict
@@ -25,11 +25,28 @@ class ExportConfig(Strict):
     """languages to write a sample in (`app/VARIANT/LANGUAGE/` of the run folder): load, tokenise, run."""
     context_length: Positive | None = None
     """most tokens that the artifact takes; by default what the model allows (Core ML: at most 2,048)."""
+    kv_cache: Literal["fp16"] | None = None
+    """type of an ONNX decoder's key/value cache; by default that of its activations. `fp16` halves the memory of a
+    long context. llama.cpp's cache gets its type when the file is opened, Core ML's is fp16 anyway."""
 
     @field_validator("to")
     @classmethod
     def _known(cls, value: str) -> str:
         return parse_quantisation(value).to
+
+    @field_validator("kv_cache", mode="before")
+    @classmethod
+    def _known_cache(cls, value: object) -> object:
+        if value == "int8":
+            raise ValueError("ONNX Runtime's int8 cache needs scales of every key and value, which edgestill does not "
+                             "measure; write fp16 or leave it out")  # fmt: skip
+        return value
+
+    @model_validator(mode="after")
+    def _cache_of_onnx(self) -> Self:
+        if self.kv_cache is not None and self.format != "onnx":
+            raise ValueError(f"`kv_cache` is for onnx: {self.format}'s cache is not part of its file")
+        return self
 
     @property
     def parsed(self) -> Quantisation:

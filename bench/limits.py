@@ -26,6 +26,7 @@ __all__ = [
     "ceiling_for",
     "faithful_for",
     "grid_limit",
+    "half_cache",
 ]
 
 Activation = str
@@ -173,9 +174,16 @@ def _by_activation(manifest: Manifest, activations: frozenset[Activation]) -> Fa
         return _LLAMA_CPP if activations & {"q8_0", "q8_k"} else _LLAMA_FLOAT
     if any(kind.startswith("int8-b") for kind in activations):
         return _BLOCKS
-    if manifest.format == "coreml" or activations & {"float16", "float16-in", "float16-maybe"}:
+    half = activations & {"float16", "float16-in", "float16-maybe"}
+    if manifest.format == "coreml" or half or half_cache(manifest):
         return _FP16
     return _FP32
+
+
+def half_cache(manifest: Manifest) -> bool:
+    """Whether keys and values are kept in float16: in llama.cpp, and in ONNX where the graph's past has that type."""
+    pasts = {spec.dtype for spec in manifest.inputs if spec.name.startswith("past_key_values.")}
+    return manifest.format == "gguf" or pasts == {"float16"}
 
 
 def activation_of(form: Format, tensor: StoredTensor) -> Activation:
@@ -218,4 +226,5 @@ _WIDEST = Ceiling(2.0, 6.0, 0.2, "unknown quantisation: only garbage is refused"
 
 def ceiling_for(quantisation: str) -> Ceiling:
     """The default ceilings of a quantisation."""
+    quantisation = quantisation.removesuffix("-portable")  # other operators, the same weights
     return next((ceiling for names, ceiling in _CEILINGS if quantisation in names), _WIDEST)

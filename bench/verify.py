@@ -30,7 +30,7 @@ from ..runtimes.scoring import open_reference
 from ..runtimes.session import SessionInfo, SessionOptions
 from . import behaviour, integrity
 from .chat import check_chat_template
-from .limits import Activation, Faithful, activation_of, ceiling_for, faithful_for
+from .limits import Activation, Faithful, activation_of, ceiling_for, faithful_for, half_cache
 from .records import Check, Verdict
 from .reference import inputs_of, read_facts, torch_forward, write_reference
 
@@ -248,7 +248,7 @@ class _Run:
                 jitter(
                     model,
                     inputs=HALF_NOISE if "float16-maybe" in kinds else JITTER,
-                    attention=HALF_NOISE if self.manifest.format == "gguf" else 0.0,
+                    attention=HALF_NOISE if half_cache(self.manifest) else 0.0,
                 )
                 limits = limits.for_noise(noise_of(forward, out, batch))
             del model, forward

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from ..architectures import supported
 from ..artifact import TensorSpec
 from ..checkpoints import ModelFolder
-from ..errors import MissingDependency, Unsupported
+from ..errors import MissingDependency, Unsupported, UsageError
 from ..progress import Progress, silent
 from ..quantisation_onnx import parse
+from .genai_config import write_genai_config
 from .onnx_file import EXTERNAL_BYTES, Spool
 from .onnx_graph import ENCODER_SCHEMES, MICROSOFT, SCHEMES, Graph, Scheme
 from .onnx_portable import PortableGraph
@@ -56,6 +57,8 @@ def write(
     length = context_length(model, config)
     schemes = SCHEMES if model.task == "text-generation" else ENCODER_SCHEMES
     wanted = parse(config.quantisation)
+    if config.kv_cache is not None and model.task != "text-generation":
+        raise UsageError(f"{config.variant}: kv_cache of a {model.task} model", hint="only decoders have one")
     if wanted.portable and model.task != "text-generation":
         raise Unsupported(f"onnx:{wanted.name}: a portable graph of a {model.task} model",
                           hint=f"decoders have one: {supported('decoder')}")  # fmt: skip
@@ -69,7 +72,7 @@ def write(
         if model.task == "text-generation":
             from .onnx_decoder import build_decoder
 
-            inputs, outputs, kv_bytes = build_decoder(graph, model, length)
+            inputs, outputs, kv_bytes = build_decoder(graph, model, length, kv_cache=config.kv_cache)
         elif model.task in ("feature-extraction", "text-classification"):
             from .onnx_encoder import build_encoder
 
@@ -80,6 +83,8 @@ def write(
         spool.write(_shell(graph, inputs, outputs, wanted.portable), target, external_bytes=external_bytes)
     finally:
         spool.close()
+    if model.task == "text-generation":
+        write_genai_config(model, folder, length, shared_cache=not wanted.portable)
     found = histogram(OnnxFile(target))
     return Draft(
         entry=target.name,
@@ -87,7 +92,7 @@ def write(
         outputs=tuple(outputs),
         shapes="dynamic",
         max_length=length,
-        contents=describe(config.quantisation, graph),
+        contents=describe(config.quantisation, graph) + ("; fp16 key/value cache" if config.kv_cache else ""),
         dtype_histogram=found,
         minimum_runtime={"onnxruntime": minimum_runtime(scheme), "opset": str(OPSET),
                          "ir": str(IR_VERSION)},
