@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import RecipeError
 from ..vocabularies import Vocabularies, compare_vocabularies
-from .rows import valid, wide
+from .rows import log_softmax, valid, wide
 from .signal import Dense
 
 __all__ = ["Encoded", "align_positions", "chunks", "encode_spans", "relate", "universal_logit"]
@@ -92,7 +92,8 @@ def universal_logit(student: Tensor, signal: Dense, mask: Tensor) -> Tensor:
     equation 3: equal distributions over other names are at distance 0.
     """
     ours, theirs = (
-        F.softmax(wide(valid(logits, mask)[..., : signal.vocab_size]) / signal.temperature, dim=-1)
+        log_softmax(wide(valid(logits, mask)[..., : signal.vocab_size]), signal.temperature)
+        .exp()
         .sort(-1, descending=True)
         .values
         for logits in (student, signal.logits.detach())

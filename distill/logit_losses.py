@@ -51,7 +51,7 @@ def _sampled_kl(student: Tensor, signal: Sparse, mask: Tensor) -> Tensor:
     logits = wide(valid(student, mask)[..., : signal.vocab_size])
     ids, drawn = valid(signal.ids, mask), valid(signal.sampled_ids, mask).long()
     buckets, total = student_buckets(logits, ids, signal.temperature)
-    head = divergences.kl(wide(valid(signal.log_probs, mask)).to(logits.dtype), buckets[..., :-1])
+    head = divergences.kl_of_some(wide(valid(signal.log_probs, mask)).to(logits.dtype), buckets[..., :-1])
     theirs = wide(valid(signal.sampled_log_probs, mask)).to(logits.dtype)
     ours = logits.gather(-1, drawn) / signal.temperature - total.unsqueeze(-1)
     if signal.sampled_log_weights is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import BadInput
 from .signal import Dense, Sparse
 
-__all__ = ["dense_rows", "log_rows", "student_buckets", "valid", "wide"]
+__all__ = ["dense_rows", "log_rows", "log_softmax", "student_buckets", "valid", "wide"]
 
 
 def valid(values: Tensor, mask: Tensor) -> Tensor:
@@ -45,8 +45,8 @@ def log_rows(student: Tensor, signal: Dense | Sparse, mask: Tensor) -> tuple[Ten
     if isinstance(signal, Dense):
         teacher, logits = dense_rows(student, signal, mask)
         with torch.no_grad():
-            teacher_log = _log_softmax(teacher, signal.temperature)
-        return teacher_log, _log_softmax(logits, signal.temperature)
+            teacher_log = log_softmax(teacher, signal.temperature)
+        return teacher_log, log_softmax(logits, signal.temperature)
     logits = wide(valid(student, mask)[..., : signal.vocab_size])
     with torch.no_grad():
         parts = [valid(signal.log_probs, mask), valid(signal.tail, mask).unsqueeze(-1)]
@@ -56,7 +56,7 @@ def log_rows(student: Tensor, signal: Dense | Sparse, mask: Tensor) -> tuple[Ten
     return teacher_log, student_buckets(logits, valid(signal.ids, mask), signal.temperature)[0]
 
 
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """``log_softmax(logits / temperature)``, an order of magnitude nearer to the exact one in fp32.
 
     torch's own adds up a large vocabulary one after another and rounds at the size of the logits, which is what a small
