@@ -36,11 +36,13 @@ _HALF_TYPES = {"float16": torch.float16, "f16": torch.float16, "bf16": torch.bfl
 
 @dataclass(frozen=True)
 class FakeGrid:
-    """One way to store a weight: ``block`` weights of a row share a scale (0: the whole row does)."""
+    """One way to store a weight: ``block`` weights of a row share a scale (0: the whole row does). ``cuts``: a weight
+    may lie beyond the last code of its block."""
 
     name: str
     block: int
     round: Callable[[Tensor], Rounded]
+    cuts: bool = False
 
     @torch.no_grad()
     def quantise(self, weight: Tensor, out: Tensor, beyond: Tensor | None = None) -> None:
@@ -76,11 +78,11 @@ def fake_grid(form: str, tensor: StoredTensor) -> FakeGrid:
     if grid in _HALF_TYPES:
         return FakeGrid(grid, 0, partial(_half, dtype=_HALF_TYPES[grid]))
     if form == "gguf" and grid in _GGML:
-        return FakeGrid(grid, GGML_GRIDS[grid].elements, _GGML[grid])
+        return FakeGrid(grid, GGML_GRIDS[grid].elements, _GGML[grid], cuts=grid in ("q4_0", "q5_0"))
     if form == "onnx" and (found := re.fullmatch(r"int([48])-b(\d+)", grid)):
         bits, block = int(found[1]), int(found[2])
         kind = _asymmetric if tensor.zero_points else _symmetric
-        return FakeGrid(grid, block, partial(kind, bits=bits))
+        return FakeGrid(grid, block, partial(kind, bits=bits), cuts=not tensor.zero_points)
     raise Unsupported(
         f"[distill.quantized] {tensor.name} ships as {form} {grid}, which a student can't be trained through",
         hint="use onnx:int4, onnx:int8, gguf:q4_0 or gguf:q8_0",

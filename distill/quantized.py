@@ -46,7 +46,12 @@ class QuantisedWeights:
         parameters = dict(model.named_parameters())
         self._weights = {name: parameters[name] for name in self._grids}
         self.masters = {name: weight.detach().clone() for name, weight in self._weights.items()}
-        self._beyond = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in self._weights.items()}
+        self._on_grid: dict[str, Tensor] = {}
+        self._beyond = {
+            name: torch.zeros_like(weight, dtype=torch.bool)
+            for name, weight in self._weights.items()
+            if self._grids[name].cuts
+        }
         self.refresh()
 
     @property
@@ -65,9 +70,7 @@ class QuantisedWeights:
     def refresh(self) -> None:
         """Put the masters' values on the grid into the model."""
         for name, grid in self._grids.items():
-            beyond = self._beyond[name]
-            beyond.zero_()
-            grid.quantise(self.masters[name], self._weights[name].data, beyond)
+            grid.quantise(self.masters[name], self._weights[name].data, self._beyond.get(name))
 
     @torch.no_grad()
     def limit_gradients(self) -> None:
@@ -75,22 +78,22 @@ class QuantisedWeights:
 
         Descent moves against the gradient. Nearer to the grid, or along it, every weight may go.
         """
-        for name, weight in self._weights.items():
+        for name, beyond in self._beyond.items():
+            weight = self._weights[name]
             if weight.grad is not None:
-                outward = self._beyond[name] & ((self.masters[name] - weight) * weight.grad < 0)
-                weight.grad.masked_fill_(outward, 0.0)
+                outward = (self.masters[name] - weight).mul_(weight.grad) < 0
+                weight.grad.masked_fill_(outward.logical_and_(beyond), 0.0)
 
     @torch.no_grad()
     def before_step(self) -> None:
         """Put the masters into the model: the optimiser moves them."""
         for name, weight in self._weights.items():
-            weight.data.copy_(self.masters[name])
+            self._on_grid[name], weight.data = weight.data, self.masters[name]
 
-    @torch.no_grad()
     def after_step(self) -> None:
         """Take the moved masters out of the model, and put their values on the grid there."""
         for name, weight in self._weights.items():
-            self.masters[name].copy_(weight.data)
+            weight.data = self._on_grid.pop(name)
         self.refresh()
 
     def state_dict(self) -> dict[str, Tensor]:
