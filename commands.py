@@ -166,16 +166,21 @@ def _variant(to: str, context_length: int | None, app: tuple[str, ...]) -> Expor
 
 def verify_artifact(request: VerifyRequest, observer: Observer) -> VerifyResult:
     """Judge one artifact, of this tool or (then without the checks that need our weight map) of another."""
+    from .bench.foreign import find_payload, wrap_foreign
     from .bench.reference import make_reference, vocabulary_columns
     from .bench.verify import VerifyOptions, verify
 
-    artifact = open_artifact(request.artifact, check=False)
+    payload = find_payload(request.artifact)
+    artifact = None if payload else open_artifact(request.artifact, check=False)
     name, texts = _texts(request.text)
     with tempfile.TemporaryDirectory(prefix="edgestill-") as scratch:
         work = Path(scratch)
         observer.started("verify", f"verify {request.artifact.name}")
         student = _model(request.against, work / "student", observer)
         teacher = _model(request.teacher, work / "teacher", observer) if request.teacher else None
+        if artifact is None:
+            assert payload is not None
+            artifact = wrap_foreign(payload, student, work / payload.stem)
         length = min(128, student.max_length, artifact.manifest.max_length)
         limit = 1024 if student.task == "text-generation" else _EXAMPLES
         own = make_reference(
@@ -189,7 +194,7 @@ def verify_artifact(request: VerifyRequest, observer: Observer) -> VerifyResult:
                 threads=request.threads, progress=observer.advanced,
             )  # fmt: skip
         verdict = verify(
-            request.artifact, student=student.path, references={name: own},
+            artifact.path, student=student.path, references={name: own}, subject=request.artifact.name,
             teacher_references={name: theirs} if theirs else None, work=work / "verify",
             options=VerifyOptions(threads=request.threads), progress=observer.advanced,
         )  # fmt: skip

@@ -23,6 +23,7 @@ __all__ = [
     "check_decode",
     "check_faithful",
     "check_finite",
+    "check_longest",
     "check_padding",
     "distance",
     "loss_checks",
@@ -133,6 +134,18 @@ def check_padding(worker: Runner, task: Task, ids: Array, limits: Faithful) -> C
                  unit="largest 1 - cosine" if task == "feature-extraction" else "largest KL, nats",
                  reason="a row alone against the same row in a padded batch",
                  worst_input="the padded row" if worst == found[1] else "the full row")  # fmt: skip
+
+
+def check_longest(worker: Runner, task: Task, ids: Array, said: Array, limits: Faithful) -> Check:
+    """One row of the greatest length ``ids [n]`` against ``said`` by its own weights in torch: the last 8 positions
+    ``[8, V]`` of text generation, else the output ``[1, D]``. A position table or cache that ends too early shows."""
+    found = worker.forward(ids[None].astype(np.int64), np.ones((1, len(ids)), np.int64))
+    found = found[0, -len(said) :] if task == "text-generation" else found
+    finite = bool(np.isfinite(found).all())
+    worst = float(np.max(distance(task, said, found))) if finite else float("inf")
+    return Check("longest_context", "faithful", finite and worst <= limits.parity, worst, limits.parity,
+                 unit="largest 1 - cosine" if task == "feature-extraction" else "largest KL, nats",
+                 reason=f"{len(ids)} tokens at once, against its own weights in torch")  # fmt: skip
 
 
 def distance(task: Task, a: Array, b: Array) -> Array:

@@ -76,6 +76,9 @@ def _k_quant(bits: int, block: int, scales: int, rms: float = 0.75) -> GridLimit
 
 GRID_LIMITS: Mapping[str, GridLimit] = {
     "float32": _EXACT, "f32": _EXACT, "float16": _HALF, "f16": _HALF, "bfloat16": _BRAIN, "bf16": _BRAIN,
+    # Of other tools: codes with a scale along either axis, or one.
+    "folded8-channel": GridLimit(7, -1), "folded8-tensor": GridLimit(7, -1),
+    "dynamic8-channel": GridLimit(7, -1), "dynamic8-tensor": GridLimit(7, -1),
     "int8": GridLimit(7, -1),  # ONNX MatMulInteger: a scale a tensor or a row, 7 or 8 bits
     "q8_0": _ggml(8), "q5_0": _ggml(5), "q5_1": _ggml(5), "q4_0": _ggml(4), "q4_1": _ggml(4),
     "iq4_nl": _ggml(4, largest=4.0, rms=0.75), "iq4_xs": _k_quant(4, 32, 31), "q2_k": _k_quant(2, 16, 15, 0.4),
@@ -197,7 +200,7 @@ def activation_of(form: Format, tensor: StoredTensor) -> Activation:
     """
     grid = tensor.grid
     if form == "onnx":
-        if grid == "int8":
+        if grid == "int8" or grid.startswith("dynamic8"):
             return "uint8-tensor"
         if grid.startswith("int"):
             return f"int8-b{grid.rpartition('-b')[2]}"

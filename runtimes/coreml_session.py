@@ -85,6 +85,8 @@ class CoremlSession(ABC):
         if self._manifest.task == "text-generation":
             return self._step(feed, len(tokens), self._new_state())
         feed["attention_mask"] = np.ones((1, len(tokens)), np.int32)
+        if any(spec.name == "token_type_ids" for spec in self._manifest.inputs):  # of another tool
+            feed["token_type_ids"] = np.zeros((1, len(tokens)), np.int32)
         return np.asarray(self._predict(feed, None)[self._output], np.float32)[0]
 
     def _step(self, feed: dict[str, npt.NDArray[Any]], total: int, state: Any) -> Floats:

@@ -49,6 +49,8 @@ class OrtSession:
                 f"{artifact.entry}: onnxruntime {onnxruntime.__version__} can't load it: {_first_line(error)}",
                 hint="export it again, or update onnxruntime; the artifact's minimum_runtime says what it needs",
             ) from error
+        named = artifact.manifest.outputs[0].name if artifact.manifest.outputs else ""
+        self._output = named if named in self._outputs else self._outputs[0]
         self._past = [name for name in self._inputs if name.startswith("past_key_values.")]
         # A graph of standard operators puts the new tokens behind the past; ONNX Runtime's own extends a buffer.
         lengths = [item.shape[2] for item in self._session.get_outputs() if item.name.startswith("present.")]
@@ -57,29 +59,57 @@ class OrtSession:
     def info(self) -> SessionInfo:
         """Runtime, version, execution provider and how many nodes it took."""
         manifest = self._manifest
-        text = manifest.task == "text-generation"
+        decodes = ("decode",) if manifest.task == "text-generation" and self._past else ()
         return SessionInfo(
             runtime="onnxruntime", version=str(self._ort.__version__), backend=str(self._session.get_providers()[0]),
-            task=manifest.task, capabilities=("forward", *(("decode",) if text else ()), "score", "latency"),
+            task=manifest.task, capabilities=("forward", *decodes, "score", "latency"),
             vocab_size=manifest.vocab_size, max_length=manifest.max_length, placement=self._placement(),
         )  # fmt: skip
 
     def forward(self, ids: Ints, attention_mask: Ints) -> Floats:
         """See :class:`edgestill.runtimes.session.Session`."""
         self._check_length(ids.shape[1])
-        feed: dict[str, Any] = {
-            "input_ids": np.ascontiguousarray(ids, np.int64),
-            "attention_mask": np.ascontiguousarray(attention_mask, np.int64),
-        }
+        feed = self._feed(ids, attention_mask, 0)
         feed |= {name: self._empty(name, ids.shape[0]) for name in self._past}
         try:
-            (result,) = self._live().run([self._outputs[0]], feed)
+            (result,) = self._live().run([self._output], feed)
         except _errors(self._ort) as error:
             raise BadInput(
                 f"onnxruntime {self._ort.__version__} can't run it: {_first_line(error)}",
                 hint="export it again; are ids and mask what the artifact takes?",
             ) from error
-        return np.asarray(result, np.float32)
+        result = np.asarray(result, np.float32)
+        if self._manifest.task == "feature-extraction" and not self._manifest.pooling_in_graph:
+            return self._pool(result, attention_mask)
+        return result
+
+    def _feed(self, ids: Ints, mask: Ints, past: int) -> dict[str, Any]:
+        """Values of the inputs that the graph has, in its integer type; ``past`` tokens came before ``ids``."""
+        values = {
+            "input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids),
+            "position_ids": np.broadcast_to(past + np.arange(ids.shape[1]), ids.shape),
+        }  # fmt: skip
+        types = {"tensor(int32)": np.int32, "tensor(float)": np.float32}
+        return {
+            name: np.ascontiguousarray(value, types.get(self._inputs[name].type, np.int64))
+            for name, value in values.items()
+            if name in self._inputs
+        }
+
+    def _pool(self, hidden: Floats, mask: Ints) -> Floats:
+        """Token states ``[B, T, D]`` to embeddings ``[B, D]``, for a graph that leaves that to the caller."""
+        if hidden.ndim != 3 or hidden.shape[:2] != mask.shape:
+            raise BadInput(f"{self._output} has shape {list(hidden.shape)}", hint="expected [batch, length, width]")
+        if self._manifest.pooling == "cls":
+            pooled = hidden[:, 0]
+        elif self._manifest.pooling == "last":
+            pooled = hidden[np.arange(len(hidden)), mask.sum(axis=1) - 1]
+        else:
+            pooled = (hidden * mask[..., None]).sum(axis=1) / mask.sum(axis=1, keepdims=True)
+        pooled = np.asarray(pooled, np.float32)
+        if self._manifest.normalize:
+            pooled = pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), np.float32(1e-12))
+        return pooled
 
     def decode(self, prompt_ids: Sequence[int], max_new_tokens: int, *, logits: bool = False) -> Iterator[DecodedToken]:
         """See :class:`edgestill.runtimes.session.Session`. Keys and values stay in one buffer that each step extends.
@@ -93,7 +123,27 @@ class OrtSession:
             raise BadInput("the prompt is empty", hint="give at least one token")
         total = len(prompt_ids) + max_new_tokens
         self._check_length(total)
-        return self._decode(np.asarray([prompt_ids], np.int64), max_new_tokens, total, logits)
+        ids = np.asarray([prompt_ids], np.int64)
+        if "foreign" in self._manifest.lineage:
+            return self._grow(ids, max_new_tokens, logits)
+        return self._decode(ids, max_new_tokens, total, logits)
+
+    def _grow(self, ids: Ints, count: int, logits: bool) -> Iterator[DecodedToken]:
+        """Decoding by a graph whose ``present`` is ``past`` with the new tokens appended, as exporters of PyTorch
+        modules write it."""
+        past = {name: self._empty(name, 1) for name in self._past}
+        present = [name.replace("past_key_values", "present") for name in self._past]
+        used = 0
+        for _ in range(count):
+            begin = time.perf_counter()
+            mask = np.ones((1, used + ids.shape[1]), np.int64)
+            said, *kept = self._live().run([self._output, *present], self._feed(ids, mask, used) | past)
+            used += ids.shape[1]
+            past = dict(zip(self._past, kept, strict=True))
+            last = said[0, -1]
+            token = int(last.argmax())
+            yield DecodedToken(token, time.perf_counter() - begin, np.array(last, np.float32) if logits else None)
+            ids = np.array([[token]], np.int64)
 
     def _decode(self, ids: Ints, count: int, total: int, logits: bool) -> Iterator[DecodedToken]:
         session = self._live()

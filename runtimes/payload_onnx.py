@@ -13,6 +13,7 @@ import numpy.typing as npt
 from ..artifact import Artifact, Histogram, StoredTensor
 from ..errors import Unsupported
 from ..grids import Affine, dequantise_affine
+from .onnx_constants import OnnxConstants
 from .onnx_reader import OnnxFile
 
 __all__ = ["OnnxPayload", "histogram"]
@@ -28,6 +29,10 @@ class OnnxPayload:
 
     def stored(self, tensor: StoredTensor) -> Floats:
         """The dequantised float32 array in the payload's own layout (``tensor.layout`` leads to the student's)."""
+        if tensor.grid.startswith(("folded", "dynamic")) or tensor.stored not in self._file.tensors:
+            constants = OnnxConstants(self._file)  # of another tool
+            if constants.is_constant(tensor.stored):
+                return np.asarray(constants.value(tensor.stored), np.float32)
         raw = self._file.array(tensor.stored)
         match tensor.grid:
             case "float32" | "float16":

@@ -127,6 +127,8 @@ def _run(artifact: Artifact, wanted: list[str], ids: Ints, attention_mask: Ints)
     )  # fmt: skip
     feed: dict[str, Any] = {"input_ids": ids.astype(np.int64), "attention_mask": attention_mask.astype(np.int64)}
     for item in session.get_inputs():
+        if item.name == "token_type_ids":  # a file of another tool
+            feed[item.name] = np.zeros_like(feed["input_ids"])
         if item.name.startswith("past_key_values."):
             feed[item.name] = np.zeros((ids.shape[0], item.shape[1], 0, item.shape[3]), np.float32)
     return dict(zip(wanted, session.run(wanted, feed), strict=True))
