@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..architectures import ARCHITECTURES
 from ..artifact import TensorSpec
+from ..errors import Unsupported
 from ..progress import Progress, silent
 from .writer import Draft, Weights, context_length
 
@@ -19,6 +21,13 @@ __all__ = ["ENTRY", "write"]
 ENTRY = "model.mlpackage"
 _LONGEST_CONTEXT = 2048
 """Tokens of a decoder's state, by default: the cache is allocated whole, and positions are exact in float16."""
+
+
+# Decoders that the wrapper of coreml_programs.py does not know, with what it lacks.
+_NO_PROGRAM = {
+    "gemma3_text": "its layers see different windows and have two rotary tables",
+    "gpt2": "its positions are looked up, not rotated",
+}
 
 
 def write(
@@ -40,6 +49,12 @@ def write(
     from . import coreml_convert, coreml_package
 
     generates = model.task == "text-generation"
+    if generates and model.architecture in _NO_PROGRAM:
+        able = [name for name, row in ARCHITECTURES.items() if row.family == "decoder" and name not in _NO_PROGRAM]
+        raise Unsupported(
+            f"Core ML: no stateful program of {model.architecture} ({_NO_PROGRAM[model.architecture]})",
+            hint=f"decoders that have one: {', '.join(able)}; export this one to onnx or gguf",
+        )
     context = context_length(model, config, _LONGEST_CONTEXT if generates else None)
     progress(f"{config.variant}: tracing and converting")
     torch_model = load_torch(model.path)

@@ -228,6 +228,16 @@ def test_encoder_architectures(architecture: str, tiny_bert: Path, tmp_path: Pat
     assert interpreter.first_overflow is None
 
 
+@pytest.mark.parametrize("fixture", ["tiny_gemma3", "tiny_gpt2"])
+def test_a_decoder_without_a_program_is_told_which_have_one(
+    fixture: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    with pytest.raises(Unsupported, match="no stateful program of") as caught:
+        export(request.getfixturevalue(fixture), tmp_path / "a", ExportConfig(to="coreml:fp16"))
+    assert "decoders that have one: llama, qwen2, qwen3;" in caught.value.hint
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
 def test_decoder_architectures(architecture: str, tiny_llama: Path, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -22,7 +22,15 @@ from edgestill.progress import Progress, silent
 
 from .registry import Unavailable
 
-__all__ = ["LLAMA_CPP_CONVERTER", "SENTENCE_TRANSFORMERS", "TRL", "Environment", "Prepared", "prepare"]
+__all__ = [
+    "LLAMA_CPP_CONVERTER",
+    "ONNXRUNTIME_GENAI",
+    "SENTENCE_TRANSFORMERS",
+    "TRL",
+    "Environment",
+    "Prepared",
+    "prepare",
+]
 
 _STAMP = "stamp.txt"
 
@@ -53,6 +61,13 @@ LLAMA_CPP_CONVERTER = Environment(
      "safetensors==0.8.0", "PyYAML==6.0.3", "tqdm==4.67.1", "requests==2.32.5"),
     "llama-cpp-python==0.3.36",
     ("vendor/llama.cpp/convert_hf_to_gguf.py", "vendor/llama.cpp/conversion", "vendor/llama.cpp/gguf-py"),
+)  # fmt: skip
+
+# The model builder is a part of the package; torch, transformers, onnx and onnxruntime are those that we lock.
+ONNXRUNTIME_GENAI = Environment(
+    "onnxruntime-genai",
+    ("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "onnx==1.23.2", "onnx-ir==1.1.0", "torch==2.13.0",
+     "transformers==5.23.0", "tokenizers==0.23.3", "safetensors==0.8.0", "numpy==2.3.5", "accelerate==1.15.0"),
 )  # fmt: skip
 
 # torch, transformers and accelerate as we lock them, so that only the trainer on top differs.
