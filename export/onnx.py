@@ -7,25 +7,27 @@ with :mod:`edgestill.grids` on the way, one tensor in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..architectures import supported
 from ..artifact import TensorSpec
 from ..checkpoints import ModelFolder
-from ..errors import MissingDependency, Unsupported, UsageError
+from ..errors import MissingDependency, Unsupported, UsageError, nearest
 from ..progress import Progress, silent
 from ..quantisation_onnx import parse
 from .genai_config import write_genai_config
 from .onnx_file import EXTERNAL_BYTES, Spool
-from .onnx_graph import ENCODER_SCHEMES, MICROSOFT, SCHEMES, Graph, Scheme
+from .onnx_graph import MICROSOFT, Graph, Scheme
 from .onnx_portable import PortableGraph
+from .onnx_schemes import scheme_of
 from .turned import LinearWeights
 from .writer import Draft, context_length
 
 if TYPE_CHECKING:
     from ..recipe import ExportConfig
+    from .onnx_moments import Moments
 
 __all__ = ["IR_VERSION", "OPSET", "write"]
 
@@ -40,12 +42,14 @@ def write(
     calibration: Sequence[str] = (),
     progress: Progress = silent,
     *,
+    types: Mapping[str, str] | None = None,
     external_bytes: int = EXTERNAL_BYTES,
 ) -> Draft:
     """Write ``folder/model.onnx`` (and ``model.onnx.data`` above ``external_bytes``) and say what is in it.
 
-    No ONNX quantisation here needs calibration text: weights are rounded to nearest, activations quantised as they
-    come. Raises :class:`Unsupported` for a model that has no ONNX graph of ours.
+    ``types`` maps parameter names to names of this format's language, where a matrix is to be stored otherwise than
+    ``config`` says. Error compensation (``-gptq``) needs ``calibration`` text. Raises :class:`Unsupported` for a model
+    that has no ONNX graph of ours, :class:`UsageError` for compensation without text or types that don't fit.
     """
     try:
         import onnx  # noqa: F401
@@ -55,19 +59,24 @@ def write(
     from ..runtimes.payload_onnx import histogram
 
     length = context_length(model, config)
-    schemes = SCHEMES if model.task == "text-generation" else ENCODER_SCHEMES
     wanted = parse(config.quantisation)
     if config.kv_cache is not None and model.task != "text-generation":
         raise UsageError(f"{config.variant}: kv_cache of a {model.task} model", hint="only decoders have one")
     if wanted.portable and model.task != "text-generation":
         raise Unsupported(f"onnx:{wanted.name}: a portable graph of a {model.task} model",
                           hint=f"decoders have one: {supported('decoder')}")  # fmt: skip
-    scheme = schemes[wanted.base]
+    if wanted.portable and types:
+        raise UsageError(f"{config.variant}: types in a portable graph", hint="it has float weights only")
+    scheme = scheme_of(wanted, model.task, types)
+    moments = _moments(model, config, scheme, calibration, progress)
     spool = Spool(folder)
     try:
         progress(f"{config.variant}: writing the graph", 0.0)
         weights = LinearWeights(model)
-        graph = (PortableGraph if wanted.portable else Graph)(weights, scheme, spool)
+        for name in types or ():
+            if name not in weights:
+                raise UsageError(f"types: {name!r} is no parameter of this model", hint=nearest(name, list(weights)))
+        graph = (PortableGraph if wanted.portable else Graph)(weights, scheme, spool, moments)
         kv_bytes = None
         if model.task == "text-generation":
             from .onnx_decoder import build_decoder
@@ -102,6 +111,20 @@ def write(
     )  # fmt: skip
 
 
+def _moments(
+    model: ModelFolder, config: ExportConfig, scheme: Scheme, calibration: Sequence[str], progress: Progress
+) -> Moments | None:
+    if all(kind.fit != "gptq" for kind in scheme.kinds()):
+        return None
+    if not calibration:
+        raise UsageError(
+            f"{config.variant}: -gptq needs calibration text", hint="give a [[data.text]] `calibration` examples"
+        )  # fmt: skip
+    from .onnx_moments import Moments
+
+    return Moments(model.path, calibration, progress=progress)
+
+
 def _shell(graph: Graph, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], portable: bool) -> Any:
     """The ModelProto without weights: no path, no time, no version of a tool stands in it."""
     from onnx import TensorProto, helper
@@ -131,4 +154,4 @@ def minimum_runtime(scheme: Scheme) -> str:
 
     Before 1.23, GatherBlockQuantized knows no 8-bit codes.
     """
-    return "1.20" if scheme.default.way == "float" else "1.23"
+    return "1.20" if all(kind.way == "float" for kind in scheme.kinds()) else "1.23"

@@ -97,6 +97,10 @@ class Spool:
         self._entries[name] = entry
         return name
 
+    def dtype(self, name: str) -> str:
+        """The type that a tensor was added with."""
+        return self._entries[name].dtype
+
     def constant(self, array: npt.NDArray[Any]) -> str:
         """A small tensor without a name of its own."""
         key = hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()

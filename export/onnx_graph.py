@@ -3,78 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..artifact import StoredTensor
 from ..grids import quantise_affine
+from .onnx_compensation import fit
 from .onnx_file import Spool
+from .onnx_schemes import Kind, Role, Scheme, names_with
 from .writer import Weights
 
-__all__ = ["ENCODER_SCHEMES", "MICROSOFT", "SCHEMES", "Graph", "Kind", "Scheme", "pack_bits"]
+if TYPE_CHECKING:
+    from .onnx_moments import Moments
+
+__all__ = ["MICROSOFT", "Graph", "Kind", "Scheme", "pack_bits"]
 
 MICROSOFT = "com.microsoft"
 
-Role = Literal["attention", "mlp", "down", "head", "embedding"]
 Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How one weight matrix is stored.
-
-    ``float``: in the compute type. ``blocks``: codes of ``bits`` with a scale for each ``block`` of a row (32 where
-    ``block`` does not divide it), activations in float (MatMulNBits, GatherBlockQuantized). ``dynamic``: int8 codes
-    with a scale a tensor or a row, activations quantised to uint8 as they come (MatMulInteger).
-    """
-
-    way: Literal["float", "blocks", "dynamic"] = "float"
-    bits: int = 8
-    symmetric: bool = True
-    per_row: bool = False
-    block: int = 32
-
-    def block_of(self, width: int) -> int:
-        """The block that rows of ``width`` are cut into."""
-        return 32 if width % self.block else self.block
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """What a quantisation means: the compute type, and the kind of each role (``default`` where not named)."""
-
-    default: Kind
-    roles: tuple[tuple[Role, Kind], ...] = ()
-    half: bool = False
-
-    def kind(self, role: Role) -> Kind:
-        """How a matrix of this role is stored."""
-        return dict(self.roles).get(role, self.default)
-
-
-_INT8 = Kind("blocks", 8)
-_INT4 = Kind("blocks", 4, symmetric=False)
-_KEPT: tuple[tuple[Role, Kind], ...] = (("head", _INT8), ("embedding", _INT8), ("down", _INT8))
-
-# What int4 and dynamic int8 keep in 8-bit blocks was measured: the inputs of down_proj have outliers (SmolLM2's reach
-# 2,824). Keeping it takes SmolLM2's KL from 0.34 to 0.20 nats with int4, from 0.78 to 0.07 with dynamic int8.
-#
-# 7 bits (ONNX Runtime's reduce_range): u8 x s8 products are added in pairs in 16 bits on x86 without VNNI, and
-# 255 * 64 * 2 is the most that fits. The per-channel variant without it is what ONNX Runtime's documentation warns of;
-# it is here so that verification can be seen to catch it.
-SCHEMES: dict[str, Scheme] = {
-    "fp32": Scheme(Kind()),
-    "fp16": Scheme(Kind(), half=True),
-    "int8": Scheme(_INT8),
-    "int4": Scheme(_INT4, _KEPT),
-    "int8-dynamic": Scheme(Kind("dynamic", 7, per_row=True), _KEPT),
-    "int8-dynamic-per-channel": Scheme(Kind("dynamic", 8, per_row=True), (("embedding", _INT8),)),
-}
-# An encoder works on whole sentences, where larger blocks are a quarter faster (MiniLM: cosine 0.99943, not 0.99965).
-ENCODER_SCHEMES = {**SCHEMES, "int8": Scheme(Kind("blocks", 8, block=64))}
 
 
 def pack_bits(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
@@ -93,12 +41,14 @@ def pack_bits(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
 class Graph:
     """Nodes, weights and the weight map of one model in the making.
 
-    ``weights`` are read one at a time; ``scheme`` says how they are stored. Values are named by strings. Activations
+    ``weights`` are read one at a time; ``scheme`` says how they are stored, ``moments`` what goes into each matrix
+    (needed where the scheme says ``gptq``). Values are named by strings. Activations
     are float32 between the methods; where the scheme computes in half precision, :meth:`linear` casts.
     """
 
-    def __init__(self, weights: Weights, scheme: Scheme, spool: Spool) -> None:
+    def __init__(self, weights: Weights, scheme: Scheme, spool: Spool, moments: Moments | None = None) -> None:
         self.weights = weights
+        self._moments = moments
         self.scheme = scheme
         self.nodes: list[Any] = []
         self.tensors: list[StoredTensor] = []
@@ -168,7 +118,12 @@ class Graph:
 
         The result is float32, unless ``half`` asks for what half precision computes (then fp16 comes out).
         """
-        kind = self.scheme.kind(role)
+        runs = names_with(self.scheme, names, role)
+        if len(runs) > 1:  # stored apart, put together again for the operator that takes them as one
+            shared = dict(zip(names, biases, strict=True)) if biases else {}
+            parts = [self.linear(x, run, [shared[n] for n in run if shared], role=role, half=half) for run in runs]
+            return self.op("Concat", *parts, name=f"{names[0].removesuffix('.weight')}.joined", axis=-1)
+        kind = self.scheme.kind(role, names[0])
         label = "lm_head" if role == "head" and "embed" in names[0] else names[0].removesuffix(".weight")
         match kind.way:
             case "float":
@@ -226,17 +181,13 @@ class Graph:
 
     def embed(self, ids: str, name: str, *, role: Role = "embedding") -> str:
         """Rows ``ids`` of the table ``name``, float32."""
-        kind = self.scheme.kind(role)
+        kind = self.scheme.kind(role, name)
+        if kind.way == "blocks" and (kind.bits, kind.symmetric) != (8, True):
+            return self._embed_rows(ids, name, kind)
         if kind.way == "blocks":
-            codes, scales, zeros, (_, width, block) = self._store_blocks([name], kind)
+            codes, scales, _, (_, width, block) = self._store_blocks([name], kind)
             blocks = -(-width // block)
-            companions = [
-                self.op("Reshape", companion, self.constant([0, blocks, 1]), name=f"{companion}.blocks")
-                for companion in (scales, zeros)
-                if companion
-            ]
-            if zeros and kind.bits != 8:
-                raise ValueError("a packed zero point has no row of its own: embed with 8 bits or a symmetric grid")
+            companions = [self.op("Reshape", scales, self.constant([0, blocks, 1]), name=f"{scales}.blocks")]
             tiles = self.op(
                 "GatherBlockQuantized", codes, ids, *companions, name=f"{name}.gather", domain=MICROSOFT,
                 bits=kind.bits, block_size=block, gather_axis=0, quantize_axis=2,
@@ -252,6 +203,19 @@ class Graph:
         rows = self.op("Gather", name, ids, name=f"{name}.gather")
         return self.cast(rows, "float32") if self.scheme.half else rows
 
+    def _embed_rows(self, ids: str, name: str, kind: Kind) -> str:
+        """A table whose zero points are packed a row: codes are looked at as ``[N, bytes of a row]``."""
+        codes, scales, zeros, (n, width, block) = self._store_blocks([name], kind)
+        padded = -(-width // block) * block
+        flat = self.op("Reshape", codes, self.constant([n, padded * kind.bits // 8]), name=f"{codes}.rows")
+        rows = self.op(
+            "GatherBlockQuantized", flat, ids, scales, *([zeros] if zeros else []), name=f"{name}.gather",
+            domain=MICROSOFT, bits=kind.bits, block_size=block, gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
+        if padded == width:
+            return rows
+        return self.op("Slice", rows, *(self.constant([v]) for v in (0, width, 2)), name=f"{name}.cut")
+
     # -- storing -------------------------------------------------------------------------------------------------
 
     def _store_blocks(self, names: Sequence[str], kind: Kind) -> tuple[str, str, str, tuple[int, int, int]]:
@@ -259,21 +223,27 @@ class Graph:
         n = sum(self.weights.shape(name)[0] for name in names)
         k = self.weights.shape(names[0])[1]
         block = kind.block_of(k)
-        grid_name = f"int{kind.bits}-b{block}"
-        stored = f"{self._merged_name(names)}.{grid_name}"
+        stored = f"{self._merged_name(names)}.int{kind.bits}-b{block}"
         scales, zeros = f"{stored}.scales", "" if kind.symmetric else f"{stored}.zeros"
         if stored not in self._spool:
             merged, rows = self._merge(names)
             blocks = -(-k // block)
             padded = np.pad(merged, ((0, 0), (0, blocks * block - k)))
-            grid = quantise_affine(padded, bits=kind.bits, block=block, symmetric=kind.symmetric)
+            moment = None
+            if kind.fit == "nearest" and not kind.half_scales:
+                grid = quantise_affine(padded, bits=kind.bits, block=block, symmetric=kind.symmetric)
+            else:
+                moment = self._moments.of(names[0]) if self._moments and kind.fit == "gptq" else None
+                grid = fit(padded, kind, block, moment)
             self._spool.add(stored, pack_bits(grid.codes.reshape(n, blocks, block), kind.bits))
-            self._spool.add(scales, grid.scales)
+            self._spool.add(scales, grid.scales.astype(np.float16) if _fits_half(grid.scales, kind) else grid.scales)
             if zeros:
                 self._spool.add(zeros, pack_bits(grid.zero_points, kind.bits))
             cut = () if blocks * block == k else (("slice", 1, 0, k),)
+            grid_name = f"int{kind.bits}-b{block}{_suffix(kind, moment is not None)}"
             self._record(names, rows, stored, grid_name, cut, scales, zeros or None)
-        return stored, scales, zeros, (n, k, block)
+        wide = self.cast(scales, "float32") if self._spool.dtype(scales) == "float16" else scales
+        return stored, wide, zeros, (n, k, block)
 
     def _merge(self, names: Sequence[str]) -> tuple[Floats, list[int]]:
         parts = [self.weights[name] for name in names]
@@ -297,6 +267,18 @@ class Graph:
         seen = self._names.get(name, -1) + 1
         self._names[name] = seen
         return name if not seen else f"{name}_{seen}"
+
+
+def _suffix(kind: Kind, compensated: bool) -> str:
+    """What a grid's name says of how its codes were found: nothing where each weight was rounded to the nearest."""
+    if kind.fit == "gptq" and compensated:
+        return "-gptq"
+    return "-search" if kind.fit != "nearest" and kind.bits == 4 else ""
+
+
+def _fits_half(scales: Floats, kind: Kind) -> bool:
+    """Scales that float16 keeps with all its digits; :func:`fit` has rounded them to it already, if they do."""
+    return kind.half_scales and bool((scales == scales.astype(np.float16)).all())
 
 
 _PROTO = {"float32": "FLOAT", "float16": "FLOAT16", "int32": "INT32", "int64": "INT64", "bool": "BOOL"}

@@ -39,7 +39,7 @@ class OnnxPayload:
                 return np.asarray(raw, np.float32)
             case "int8":
                 return self._int8(tensor, raw)
-            case grid if re.fullmatch(r"int[48]-b\d+", grid):
+            case grid if re.fullmatch(r"int[48]-b\d+(-search|-gptq)?", grid):
                 return self._blocks(tensor, raw, int(grid[3]))
             case other:
                 raise Unsupported(f"{tensor.stored}: an ONNX payload has no grid {other!r}", hint="export it again")
@@ -57,7 +57,7 @@ class OnnxPayload:
 
     def _blocks(self, tensor: StoredTensor, raw: npt.NDArray[Any], bits: int) -> Floats:
         """Codes ``[N, blocks, bytes]``, scales ``[N, blocks]``, zero points packed a row or none."""
-        scales = self._file.array(tensor.scales or "")
+        scales = self._file.array(tensor.scales or "").astype(np.float32)
         rows, blocks = scales.shape
         codes = _unpack(raw, bits).reshape(rows, -1)
         if tensor.zero_points:
@@ -96,6 +96,9 @@ def histogram(file: OnnxFile) -> dict[str, Histogram]:
         row[1] += parameters
         row[2] += sum(file.tensors[part].size_bytes for part in parts)
 
+    widened = {node.output[0]: node.input[0] for node in file.graph.node if node.op_type == "Cast"}
+    reshaped = {node.output[0]: node.input[0] for node in file.graph.node if node.op_type == "Reshape"}
+
     def elements(name: str) -> int:
         return math.prod(file.tensors[name].shape)
 
@@ -103,12 +106,13 @@ def histogram(file: OnnxFile) -> dict[str, Histogram]:
     for node in sorted(file.graph.node, key=lambda node: node.op_type == "GatherBlockQuantized"):
         fields = {attribute.name: attribute.i for attribute in node.attribute}
         stored = node.input[1 if node.op_type.startswith("MatMul") else 0] if node.input else ""
+        stored = reshaped.get(stored, stored) if node.op_type == "GatherBlockQuantized" else stored
         if stored not in file.tensors:
             continue
         match node.op_type:
             case "MatMulNBits":
                 kind = f"int{fields['bits']}-b{fields['block_size']}"
-                count(kind, stored, fields["N"] * fields["K"], node.input[2:4])
+                count(kind, stored, fields["N"] * fields["K"], [widened.get(name, name) for name in node.input[2:4]])
             case "MatMulInteger":
                 count("int8", stored, elements(stored), [stored.removesuffix(".int8") + ".scales"])
             case "GatherBlockQuantized":

@@ -22,3 +22,28 @@ def test_plain_names_are_their_own_canonical_text(to: str) -> None:
 def test_an_unknown_name_is_refused_with_the_nearest(to: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=nearest):
         parse_quantisation(to)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("int4-asym-b32", "int4-b32-asym"), ("int4-gptq-b64", "int4-b64-gptq"), ("int8-pure-sym", "int8-sym-pure"),
+        ("int4-sym-b16-pure", "int4-b16-sym-pure"), ("int8-asym", "int8-asym"),
+    ],
+)  # fmt: skip
+def test_two_spellings_of_an_onnx_quantisation_are_one(text: str, name: str) -> None:
+    parsed = parse_quantisation(f"onnx:{text}")
+    assert parsed.name == name
+    assert parse_quantisation(parsed.to) == parsed
+
+
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [
+        ("onnx:int4-b48", "16, 32, 64, 128"), ("onnx:int4-hqq", "unknown"), ("onnx:int4-b16-b32", "two options"),
+        ("onnx:int4-gptq-gptq", "two options"), ("onnx:fp16-b32", "unknown"), ("onnx:bf16", "bfloat16"),
+    ],
+)  # fmt: skip
+def test_an_option_that_means_nothing_is_refused(to: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_quantisation(to)
