@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +155,17 @@ class Artifact:
         return sum(file.size_bytes for file in self.manifest.files if file.path != TENSORS_FILE)
 
     @property
+    def shipped(self) -> tuple[FileEntry, ...]:
+        """The payload that an app needs: without the weight map, and without an ONNX file that lies beside ``.ort``."""
+        entry = self.manifest.entry
+        left_out = entry.removesuffix(".ort") + ".onnx" if entry.endswith(".ort") else TENSORS_FILE
+        return tuple(f for f in self.manifest.files if f.path != TENSORS_FILE and not f.path.startswith(left_out))
+
+    def download_bytes(self) -> int:
+        """Bytes of :attr:`shipped` when each file is deflated (zlib, level 6), as in an APK, an IPA or a zip file."""
+        return sum(_deflated(self.path / file.path) for file in self.shipped)
+
+    @property
     def model_bytes(self) -> int:
         """Bytes of the model itself, without tokenizer and templates."""
         entry = self.manifest.entry
@@ -241,6 +253,14 @@ def append_verdict(artifact: Artifact, verdict: Mapping[str, Any]) -> None:
     path = artifact.path / VERDICTS_FILE
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     atomic_write(path, old + canonical_json(verdict) + "\n")
+
+
+def _deflated(path: Path) -> int:
+    packer, size = zlib.compressobj(6), 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            size += len(packer.compress(chunk))
+    return size + len(packer.flush())
 
 
 def _scan(folder: Path) -> tuple[FileEntry, ...]:

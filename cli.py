@@ -194,6 +194,9 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder for the artifacts.")] = Path("artifacts"),
     text: Annotated[Path | None, typer.Option(help="Text to verify on (jsonl, csv, parquet, txt).")] = None,
     context_length: Annotated[int | None, typer.Option(help="Most tokens that the artifacts take.")] = None,
+    ort: Annotated[
+        bool, typer.Option("--ort", help="ONNX: also as model.ort, for small builds of the runtime.")
+    ] = False,
     app: Annotated[str, typer.Option(help="Write a sample for each artifact: python, kotlin, swift (commas).")] = "",
     app_out: Annotated[Path | None, typer.Option(help="Folder for the samples; by default OUT/app.")] = None,
     threads: Threads = 2,
@@ -206,7 +209,7 @@ def export(
 
         variants = tuple(filter(None, to.split(",")))
         languages = tuple(filter(None, app.split(",")))
-        request = ExportRequest(model, variants, out, text, context_length, threads, languages, app_out)
+        request = ExportRequest(model, variants, out, text, context_length, threads, languages, app_out, ort)
         return export_verified(request, observer)
 
     result = _with_progress(work)

@@ -45,7 +45,7 @@ class ExportRequest:
     """Export ``model`` to each of ``to`` (``FORMAT:QUANTISATION``) into ``out/artifacts``, judged on ``text``.
 
     ``app``: languages (``python``, ``kotlin``, ``swift``) to write a sample in for each artifact that passes, into
-    ``out/app/VARIANT/LANGUAGE`` (or below ``app_out``).
+    ``out/app/VARIANT/LANGUAGE`` (or below ``app_out``). ``ort``: ONNX artifacts with a ``model.ort``, others as ever.
     """
 
     model: Path
@@ -56,6 +56,7 @@ class ExportRequest:
     threads: int = 2
     app: tuple[str, ...] = ()
     app_out: Path | None = None
+    ort: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def export_verified(request: ExportRequest, observer: Observer) -> ExportResult:
         name="export",
         teacher=TeacherConfig(source=str(request.model.resolve())),
         data=DataConfig(text=(_fitting(request.text),) if request.text else ()),
-        export=tuple(_variant(to, request.context_length, request.app) for to in request.to),
+        export=tuple(_variant(to, request) for to in request.to),
         bench=BenchConfig(threads=request.threads, tokens=1024, examples=_EXAMPLES),
     )
     with RunFolder(request.out, observer).locked() as folder:
@@ -150,15 +151,22 @@ def export_verified(request: ExportRequest, observer: Observer) -> ExportResult:
     return ExportResult(result, result.exit_code)
 
 
-def _variant(to: str, context_length: int | None, app: tuple[str, ...]) -> ExportConfig:
+def _variant(to: str, request: ExportRequest) -> ExportConfig:
     from pydantic import ValidationError
 
     from .export.app import check_app
 
-    for language in app:
+    for language in request.app:
         check_app(language, to.partition(":")[0])
     try:
-        return ExportConfig.model_validate({"to": to, "context_length": context_length, "app": app})
+        return ExportConfig.model_validate(
+            {
+                "to": to,
+                "context_length": request.context_length,
+                "app": request.app,
+                "ort": request.ort and to.startswith("onnx:"),
+            }
+        )
     except ValidationError as error:
         message = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UsageError(f"--to {to}: {message}", hint="for example --to onnx:int8,gguf:q4_k_m,coreml:int8") from None

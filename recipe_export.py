@@ -23,6 +23,9 @@ class ExportConfig(Strict):
     """which model to export (the teacher serves as a baseline in the same runtime)."""
     app: tuple[Literal["python", "kotlin", "swift"], ...] = ()
     """languages to write a sample in (`app/VARIANT/LANGUAGE/` of the run folder): load, tokenise, run."""
+    ort: bool = False
+    """ONNX: put `model.ort` with `required_operators.config` beside the graph, for small builds of ONNX Runtime.
+    Then that file is what is opened, measured and shipped."""
     context_length: Positive | None = None
     """most tokens that the artifact takes; by default what the model allows (Core ML: at most 2,048)."""
     kv_cache: Literal["fp16"] | None = None
@@ -48,6 +51,12 @@ class ExportConfig(Strict):
             raise ValueError(f"`kv_cache` is for onnx: {self.format}'s cache is not part of its file")
         return self
 
+    @model_validator(mode="after")
+    def _ort_is_onnx(self) -> Self:
+        if self.ort and self.format != "onnx":
+            raise ValueError(f"ort = true is for onnx, not for {self.format}")
+        return self
+
     @property
     def parsed(self) -> Quantisation:
         """What `to` means."""
@@ -66,4 +75,5 @@ class ExportConfig(Strict):
     @property
     def variant(self) -> str:
         """The artifact's folder name."""
-        return self.name or ("" if self.of == "student" else "teacher-") + self.to.replace(":", "-")
+        form = self.to.replace(":", "-") + ("-ort" if self.ort else "")
+        return self.name or ("" if self.of == "student" else "teacher-") + form

@@ -147,7 +147,7 @@ def measure_speed(
 
 
 def measure_size(subjects: Sequence[Subject], *, environment: Mapping[str, Any] | None = None) -> list[Measurement]:
-    """``size_bytes``, ``model_bytes`` and ``bits_per_weight``, read from the files."""
+    """``size_bytes``, ``model_bytes``, ``bits_per_weight`` and, of artifacts, ``download_bytes``, from the files."""
     facts = dict(environment) if environment is not None else describe_environment()
     rows = []
     for subject in subjects:
@@ -155,18 +155,21 @@ def measure_size(subjects: Sequence[Subject], *, environment: Mapping[str, Any] 
         if subject.kind == "artifact":
             artifact = open_artifact(subject.folder, check=False)
             size, model = artifact.size_bytes, artifact.model_bytes
+            download = artifact.download_bytes()
             counted = sum(row.parameters for row in artifact.manifest.dtype_histogram.values())
         else:
             sizes = {path: (subject.folder / path).stat().st_size for path in list_files(subject.folder)}
             size, model = sum(sizes.values()), sum(s for p, s in sizes.items() if p.suffix == ".safetensors")
-            counted = 0
+            counted, download = 0, 0
         parameters = subject.parameters or counted
         values: dict[str, float] = {"size_bytes": size, "model_bytes": model}
+        if download:
+            values["download_bytes"] = download
         if parameters:
             values["bits_per_weight"] = model * 8 / parameters
         else:
             record.missing["bits_per_weight"] = "the number of parameters is not known"
-        for metric in ("size_bytes", "model_bytes", "bits_per_weight"):
+        for metric in ("size_bytes", "model_bytes", "bits_per_weight", *(["download_bytes"] if download else [])):
             if metric in values:
                 record.add(metric, [float(values[metric])])
             rows.append(_measurement(record, metric, facts, {"how": "file sizes"}, None))

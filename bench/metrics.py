@@ -97,6 +97,7 @@ METRICS: Mapping[str, Metric] = _table(
     Metric("peak_file_backed_bytes", "bytes", "lower", ",.0f", "peak file-backed (mapped) memory", "memory"),
     Metric("baseline_bytes", "bytes", "lower", ",.0f", "memory of the runtime before it opens the artifact", "memory"),
     # size
+    Metric("download_bytes", "bytes", "lower", ",.0f", "what an app ships, each file deflated", "size"),
     Metric("model_bytes", "bytes", "lower", ",.0f", "the model's files, without tokenizer and templates", "size"),
     Metric("size_bytes", "bytes", "lower", ",.0f", "everything that ships to a device", "size"),
     Metric("bits_per_weight", "bits", "lower", ".2f", "model bytes * 8 over parameters", "size"),

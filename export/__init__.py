@@ -55,6 +55,11 @@ def export(
     form, write = _writer(config.format)
     with atomic_directory(out) as temporary:
         draft = write(folder, temporary, config, calibration, progress)
+        if config.ort:
+            from .onnx_ort import write_ort
+
+            progress(f"{config.variant}: converting to .ort")
+            draft.entry = write_ort(temporary, draft.entry)
         progress(f"{config.variant}: sealing")
         writer.copy_companions(folder, temporary)
         write_tensors(temporary, draft.tensors)

@@ -14,10 +14,11 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..artifact import Artifact
 from ..errors import BadInput, MissingDependency
 from ..files import safe_join
 
-__all__ = ["OnnxFile", "TensorAt"]
+__all__ = ["OnnxFile", "TensorAt", "graph_path"]
 
 _GRAPH, _INITIALIZER, _RAW = 7, 5, 9  # ModelProto.graph, GraphProto.initializer, TensorProto.raw_data
 _SMALL_BYTES = 1 << 20
@@ -34,6 +35,11 @@ class TensorAt:
     offset: int
     size_bytes: int
     proto: Any = None
+
+
+def graph_path(artifact: Artifact) -> Path:
+    """The ONNX file of an artifact: its entry, or what lies beside an entry in ONNX Runtime's own format."""
+    return artifact.entry.with_suffix(".onnx") if artifact.entry.suffix == ".ort" else artifact.entry
 
 
 class OnnxFile:

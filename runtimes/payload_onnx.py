@@ -14,7 +14,7 @@ from ..artifact import Artifact, Histogram, StoredTensor
 from ..errors import Unsupported
 from ..grids import Affine, dequantise_affine
 from .onnx_constants import OnnxConstants
-from .onnx_reader import OnnxFile
+from .onnx_reader import OnnxFile, graph_path
 
 __all__ = ["OnnxPayload", "histogram"]
 
@@ -25,7 +25,7 @@ class OnnxPayload:
     """The weights in an ONNX artifact; see :class:`edgestill.artifact.StoredTensor` for what is known of each."""
 
     def __init__(self, artifact: Artifact) -> None:
-        self._file = OnnxFile(artifact.entry)
+        self._file = OnnxFile(graph_path(artifact))
 
     def stored(self, tensor: StoredTensor) -> Floats:
         """The dequantised float32 array in the payload's own layout (``tensor.layout`` leads to the student's)."""

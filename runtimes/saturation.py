@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..artifact import Artifact
 from ..errors import MissingDependency
-from .onnx_reader import OnnxFile
+from .onnx_reader import OnnxFile, graph_path
 from .session import Ints
 
 __all__ = ["Saturation", "pair_saturation", "saturation"]
@@ -86,7 +86,7 @@ def saturation(artifact: Artifact, ids: Ints, attention_mask: Ints) -> Saturatio
     Returns ``None`` for an artifact without dynamic int8. Raises :class:`BadInput` for a damaged file,
     :class:`MissingDependency` without onnx or onnxruntime.
     """
-    file = OnnxFile(artifact.entry)
+    file = OnnxFile(graph_path(artifact))
     nodes = [node for node in file.graph.node if node.op_type == "MatMulInteger"]
     if not nodes:
         return None
@@ -117,7 +117,7 @@ def _run(artifact: Artifact, wanted: list[str], ids: Ints, attention_mask: Ints)
     import onnx
     from onnx import TensorProto, helper
 
-    exposed = onnx.load(artifact.entry)
+    exposed = onnx.load(graph_path(artifact))
     exposed.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.UINT8, None) for name in wanted)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 2

@@ -20,7 +20,8 @@ _TITLES = {
     "kl": "KL to teacher", "top1_agreement": "Top-1 agreement", "perplexity_ratio": "Perplexity ratio",
     "spearman": "Spearman", "cosine": "Cosine", "accuracy": "Accuracy", "latency_ms": "Latency",
     "decode_tokens_per_s": "Decode", "prefill_tokens_per_s": "Prefill", "time_to_first_token_ms": "First token",
-    "peak_memory_bytes": "Peak memory", "load_ms": "Load", "model_bytes": "Size", "bits_per_weight": "Bits/weight",
+    "peak_memory_bytes": "Peak memory", "load_ms": "Load", "model_bytes": "Size",
+    "download_bytes": "Download", "bits_per_weight": "Bits/weight",
 }  # fmt: skip
 
 # Accuracy columns beside the headline one, on the first data set that has them.
@@ -147,7 +148,8 @@ def _columns(measurements: Sequence[Measurement], task: Task) -> list[Column]:
         rows = [row for row in measurements if row.metric == metric and row.against in ("teacher", None)]
         return list(dict.fromkeys(row.data for row in rows if row.summary is not None))
 
-    columns = [Column("model_bytes", _TITLES["model_bytes"])]
+    sizes = ["model_bytes", *(["download_bytes"] if sets("download_bytes") else [])]
+    columns = [Column(metric, _TITLES[metric]) for metric in sizes]
     head = next((metric for metric in HEADLINE[task] if sets(metric)), None)
     if head:
         columns += [Column(head, _TITLES[head], data) for data in sets(head)]

@@ -189,6 +189,7 @@ def test_sizes_come_from_the_files(tmp_path: Path) -> None:
     values = {(row.subject, row.metric): row.summary.value for row in rows if row.summary}
     assert values == {
         ("a", "size_bytes"): 600, ("a", "model_bytes"): 500, ("a", "bits_per_weight"): 8.0,
+        ("a", "download_bytes"): 26.0,
         ("teacher", "size_bytes"): 2002, ("teacher", "model_bytes"): 2000, ("teacher", "bits_per_weight"): 32.0,
     }  # fmt: skip
 
