@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bench.environment import usable_threads
-from .errors import BadInput, MissingDependency
+from .errors import BadInput, MissingDependency, Unsupported
 from .fetch import find_cached
 from .loss_names import LOSS_NAMES, parse_loss
 from .recipe import Recipe, find_recipe, load_recipe
@@ -35,6 +35,7 @@ __all__ = [
     "PlannedLayer",
     "PlannedModel",
     "TokenCost",
+    "check_comparable",
     "latency_cost",
     "make_start",
     "plan_distillation",
@@ -221,6 +222,21 @@ def make_start(recipe: Recipe, teacher: ModelFolder, base: Path, out: Path, obse
         found = fetch(student.source, sha256=student.sha256, base=base, progress=observer.advanced)
         return prepare_model(found.path, out, task=teacher.task, progress=observer.advanced).path
     return None
+
+
+def check_comparable(start: ModelFolder, teacher: ModelFolder, run: Path) -> None:
+    """Refuse, before any training, to judge a student against a teacher that counts with other tokens.
+
+    Such a student can be distilled (:mod:`edgestill.distill.foreign`), but its artifacts have no token in common with
+    the teacher to be compared by. Raises :class:`Unsupported`.
+    """
+    from .checkpoints import load_tokenizer
+
+    if load_tokenizer(start.path).get_vocab() != load_tokenizer(teacher.path).get_vocab():
+        raise Unsupported(
+            "[student] source has another vocabulary than the teacher: artifacts of it can't be judged against that",
+            hint=f"edgestill distill RECIPE, then edgestill export {run / 'student'} --to onnx:int8",
+        )
 
 
 def latency_cost(folder: ModelFolder, threads: int | None, length: int) -> PlanCost:

@@ -30,7 +30,7 @@ from .bench.environment import usable_threads
 from .bench.metrics import find_metric
 from .company import company, together
 from .delivery import RunResult, deliver
-from .distillation import latency_cost, make_start
+from .distillation import check_comparable, latency_cost, make_start
 from .errors import EdgestillError, MissingDependency, ResourceExhausted, UsageError, nearest
 from .files import atomic_write, hash_json
 from .judging import Judge, Subjects
@@ -94,6 +94,7 @@ class Run:
     def __init__(self, recipe: Recipe, path: Path, folder: RunFolder, *, app_out: Path | None = None) -> None:
         self.recipe = recipe
         self.app_out = app_out
+        self.last = STAGES[-1]
         self.base = path.resolve().parent
         self.folder = folder
         self.progress = folder.observer.advanced
@@ -106,7 +107,7 @@ class Run:
             find_metric(metric)  # a mistyped gate is found now, not after the work
         check_apps(self.recipe)
         atomic_write(self.folder / "recipe.toml", dump_recipe(self.recipe))
-        done = STAGES[: STAGES.index(last) + 1]
+        self.last, done = last, STAGES[: STAGES.index(last) + 1]
         source = self._fetch()
         if "teacher" in done:
             teacher = self._teacher(source)
@@ -331,6 +332,8 @@ class Run:
             return {"note": describe(model), "model_id": model.model_id}
 
         self.folder.stage("start", inputs, action, ["work/start"], "prepare what the student starts from")
+        if STAGES.index(self.last) > STAGES.index("student"):
+            check_comparable(open_model(place), teacher, self.folder.path)
         return place
 
     def cut(self, teacher: ModelFolder, data: DataSets) -> ModelFolder | None:

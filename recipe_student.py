@@ -82,7 +82,8 @@ class StudentConfig(Strict):
     steps: Positive = 1
     """prune and distil in so many rounds, each part of the way and with part of the training steps."""
     source: str | None = None
-    """another model (address as in `[teacher]`) to start from instead of the teacher; it needs the same vocabulary."""
+    """another model (address as in `[teacher]`) to start from instead of the teacher. With another
+    vocabulary it learns by `universal_logit` and `cross_entropy`, in `edgestill distill` only."""
     sha256: Sha256 | None = None
     """checksum of `source`, as in `[teacher]`."""
     config: str | None = None

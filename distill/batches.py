@@ -123,6 +123,15 @@ def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> Batch:
         "index": torch.tensor([row["index"] for row in rows], dtype=torch.long),
         "label": torch.tensor([row["label"] for row in rows], dtype=torch.long),
     }
+    if "their_ids" in rows[0]:  # the same text in the tokens of a teacher with another vocabulary
+        widest = max(len(row["their_ids"]) for row in rows)
+        batch["their_ids"] = torch.zeros((len(rows), widest), dtype=torch.long)
+        batch["their_mask"] = torch.zeros((len(rows), widest), dtype=torch.long)
+        batch["aligned"] = torch.full((len(rows), longest), -1, dtype=torch.long)
+        for number, row in enumerate(rows):
+            batch["their_ids"][number, : len(row["their_ids"])] = torch.tensor(row["their_ids"], dtype=torch.long)
+            batch["their_mask"][number, : len(row["their_ids"])] = 1
+            batch["aligned"][number, : len(row["aligned"])] = torch.tensor(row["aligned"], dtype=torch.long)
     if any("prompt" in row for row in rows):
         batch["learn"] = mask * LEARN_GIVEN
         for number, row in enumerate(rows):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from ..checkpoints import ModelFolder
+from ..checkpoints import ModelFolder, load_tokenizer
 from ..errors import BadInput, RecipeError
 from ..files import hash_json
 from ..recipe import DistillConfig
@@ -17,6 +17,7 @@ from . import ranks
 from .batches import Examples, encode
 from .cache_use import CacheUse, plan_cache
 from .ensemble import check_teachers, normalised
+from .foreign import PairedExamples, encode_pairs
 from .losses import Loss, select_losses
 from .quantized import Ship
 from .rollout import check_on_policy
@@ -66,6 +67,11 @@ class Job:
     """Where the teacher's answers lie, if not in the job's own folder; decides nothing."""
 
     @property
+    def foreign(self) -> bool:
+        """Whether the teacher counts with other tokens than the student."""
+        return isinstance(self.train, PairedExamples)
+
+    @property
     def tokenizer(self) -> Any:
         """The student's."""
         return self.vocabulary.tokenizer
@@ -93,7 +99,7 @@ class Job:
     @property
     def vocab_size(self) -> int:
         """Tokens that the tokenizer knows (the embedding may have more rows), or the number of classes."""
-        rows = min(self.teacher.vocab_size, self.plan.vocab_size)
+        rows = self.plan.vocab_size if self.foreign else min(self.teacher.vocab_size, self.plan.vocab_size)
         return len(self.teacher.labels) or min(len(self.tokenizer), rows)
 
     @property
@@ -140,6 +146,7 @@ def prepare(
     max_length: int,
     vocabulary: FittedVocabulary,
     others: tuple[ModelFolder, ...] = (),
+    foreign: bool = False,
 ) -> Job:
     """Everything that decides the outcome, from the recipe's parts; loads no weights, trains nothing."""
     losses = select_losses(config.loss, folder.task)
@@ -156,8 +163,13 @@ def prepare(
     prefix, tokenizer = folder.prompt_prefix, vocabulary.tokenizer
     check_streaming(config, folder)
     streamed = tuple(prefix + text for text in texts) if config.streaming else ()
-    train = encode([] if streamed else texts, tokenizer, folder.task, length, prefix=prefix, labels=labels)
-    dev = encode(data.split("dev"), tokenizer, folder.task, length, prefix=prefix)
+    if foreign:
+        theirs, held_out = load_tokenizer(folder.path), data.split("dev")
+        train: Examples = encode_pairs(texts, tokenizer, theirs, length, prefix=prefix)
+        dev: Examples = encode_pairs(held_out, tokenizer, theirs, length, prefix=prefix)
+    else:
+        train = encode([] if streamed else texts, tokenizer, folder.task, length, prefix=prefix, labels=labels)
+        dev = encode(data.split("dev"), tokenizer, folder.task, length, prefix=prefix)
     if not len(train) and not streamed:
         raise BadInput("[distill] found no text to learn from", hint="set `train` in a [[data.text]]")
     check_sequence(config.sequence, folder, length)

@@ -39,6 +39,8 @@ def count_items(batches: Sequence[Batch]) -> Counts:
         counts["tokens"] += int((mask if learn is None else learn > 0).sum())
         counts["examples"] += len(mask)
         counts["labelled"] += int((batch["label"] >= 0).sum())
+        if "aligned" in batch:
+            counts["aligned"] = counts.get("aligned", 0) + int((batch["aligned"] >= 0).sum())
     return counts
 
 
@@ -67,7 +69,8 @@ class Objective(nn.Module):
     """The weighted losses of ``student`` against a teacher.
 
     ``weights`` by loss name (``jsd:0.5``); ``temperature`` softens the losses between probabilities; ``vocab_size`` is
-    the tokenizer's; ``teacher_width`` is that of the teacher's hidden states.
+    the tokenizer's; ``teacher_width`` is that of the teacher's hidden states. ``foreign``: the teacher counts with
+    other tokens (:mod:`.foreign`), so its logits are not cut at ``vocab_size``.
     """
 
     def __init__(
@@ -80,9 +83,11 @@ class Objective(nn.Module):
         vocab_size: int | None = None,
         teacher_width: int | None = None,
         seed: int = 0,
+        foreign: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
+        self.foreign = foreign
         self.task = task
         self.losses: dict[str, Loss] = select_losses(weights, task)
         by_full_name = {parse_loss(name).text: weight for name, weight in weights.items()}
@@ -138,7 +143,10 @@ class Objective(nn.Module):
 
     def _value(self, name: str, output: Any, signal: Signal, mask: Tensor, counts: Counts) -> Tensor:
         loss = self.losses[name]
-        return reduce_step(loss.values(output, signal, mask), counts[loss.unit[self.task]])
+        unit: str = loss.unit[self.task]
+        if loss.signal is Dense and "aligned" in counts:
+            unit = "aligned"
+        return reduce_step(loss.values(output, signal, mask), counts[unit])
 
     def _pairwise(self, name: str, output: Tensor, signal: Signal, counts: Counts) -> Tensor:
         """This process's share of a loss that compares the texts of the whole pass, wherever they are."""
@@ -197,7 +205,9 @@ class Objective(nn.Module):
         assert theirs is not None  # needs_teacher said so
         if isinstance(theirs, Sparse):
             return theirs
-        return Embedding(theirs) if loss.signal is Embedding else Dense(theirs, self.temperature, self.vocab_size)
+        if loss.signal is Embedding:
+            return Embedding(theirs)
+        return Dense(theirs, self.temperature, None if self.foreign else self.vocab_size)
 
     def _generation(self, hidden: Tensor, batch: Batch, said: Said, counts: Counts, raw: dict[str, Tensor]) -> Tensor:
         ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -206,7 +216,13 @@ class Objective(nn.Module):
             return hidden.new_zeros(())
         learn = batch.get("learn")
         states, following = shift(hidden, ids, mask, learn)
-        theirs = None if said.final is None else shift(said.final, ids, mask, learn)[0]
+        heard: Tensor | None = None  # the places where a teacher with other tokens has read the same text
+        if "aligned" in batch and said.final is not None:
+            rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
+            row, place = (shift(value, ids, mask, learn)[0] for value in (rows, batch["aligned"]))
+            heard, theirs = place >= 0, said.final[row, place.clamp_min(0)]
+        else:
+            theirs = None if said.final is None else shift(said.final, ids, mask, learn)[0]
         # Whether the next word is that of the text (or of a teacher), and not the student's own.
         given = torch.ones(len(states), dtype=torch.bool, device=states.device)
         if learn is not None:
@@ -214,6 +230,8 @@ class Objective(nn.Module):
 
         def chunk(logits: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
             every = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+            if heard is not None:
+                every, logits = heard[begin:end], logits[..., : self.vocab_size]
             signal: Tensor | Sparse | None = None
             if said.sparse is not None:
                 signal = said.sparse.rows(begin, end)

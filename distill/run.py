@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..checkpoints import ModelFolder, open_model, save_model
+from ..checkpoints import ModelFolder, load_tokenizer, open_model, save_model
 from ..errors import ResourceExhausted, UsageError
 from ..files import atomic_directory, atomic_write, hash_json, hash_tree, read_json
 from ..progress import Progress, silent
@@ -30,6 +30,7 @@ from .cost import Cost
 from .ensemble import MixedTeacher, normalised
 from .evaluate import HeldOut
 from .fake_quantise import FakeGrid
+from .foreign import ForeignTeacher, PairedExamples, check_foreign, held_out_of, is_foreign
 from .job import NOT_IDENTITY, Job, prepare
 from .journal import Journal, Row
 from .layer_maps import learn_layer_map
@@ -98,7 +99,13 @@ def run(
             folder = _corrected(folder, config, data, max_length, place, progress)
     begin = Start.of(folder, start)
     check_start(folder, begin.folder, config)
-    vocabulary = fit_vocabulary(folder, student.vocabulary, data)
+    foreign = is_foreign(folder, begin.folder)
+    if foreign and config is not None:
+        check_foreign(folder, begin.folder, config, student, data.split("train"))
+    if foreign:
+        vocabulary = FittedVocabulary((), load_tokenizer(begin.folder.path))
+    else:
+        vocabulary = fit_vocabulary(folder, student.vocabulary, data)
     text = Calibration.of(data, max_length)
     with quiet(), limited_threads(config.threads if config else None), memory_errors():
         plan = ranks.from_first(lambda: find_plan(begin.folder, student, text, cost, work, vocabulary.keep))
@@ -109,7 +116,7 @@ def run(
         return DistillResult(out, begin.origins(plan), folder.layers)
     progress = progress if ranks.is_first() else silent
     further = tuple(open_model(path) for path in others)
-    job = prepare(folder, begin, plan, config, data, max_length, vocabulary, further)
+    job = prepare(folder, begin, plan, config, data, max_length, vocabulary, further, foreign)
     job = dataclasses.replace(job, shelf=signal, original=None if folder is original else original, ship=ship)
     if student.steps > 1:
         return run_rounds(job, student, out, work, text, progress, run_job)
@@ -162,7 +169,9 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     if job.original is not None:
         uncorrected = _teacher(dataclasses.replace(job, teacher=job.original), arguments.device)
         judged_by = {"": uncorrected, "corrected_": teacher}
-    judges = {prefix: HeldOut(dev, judge, job.vocab_size) for prefix, judge in judged_by.items()}
+    judges: dict[str, Any] = {
+        prefix: held_out_of(dev, judge, job.vocab_size, job.tokenizer) for prefix, judge in judged_by.items()
+    }
     held_out = judges[""]
     if config.lora is not None:
         add_lora(model, config.lora, config.seed)
@@ -170,11 +179,11 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     suit_attention(base_model(model), config.precision, arguments.device)
     objective = Objective(
         model, folder.task, job.weights, temperature=config.temperature, vocab_size=job.vocab_size,
-        teacher_width=teacher.width, seed=config.seed,
+        teacher_width=teacher.width, seed=config.seed, foreign=job.foreign,
     )  # fmt: skip
     mapped = _layer_map(job, model, teacher) if objective.inside else ()
     teacher.listen(mapped, objective.inside)
-    if objective.needs_teacher and len(blocks(model)) == folder.layers:
+    if objective.needs_teacher and not job.foreign and len(blocks(model)) == folder.layers:
         check_something_to_learn(model, teacher.model)
     if config.gradient_checkpointing:
         recompute_blocks(model)
@@ -266,7 +275,7 @@ def _as_folder(job: Job, model: nn.Module, work: Path) -> Path:
     return save_model(model, job.tokenizer, work / SHIPPED_FROM, job.start.folder, prompt_prefix=prefix).path
 
 
-def _measure(student: nn.Module, judges: dict[str, HeldOut]) -> dict[str, float]:
+def _measure(student: nn.Module, judges: dict[str, Any]) -> dict[str, float]:
     return {f"{who}{name}": value for who, judge in judges.items() for name, value in judge.measure(student).items()}
 
 
@@ -289,6 +298,8 @@ def _resume(work: Path, journal: Journal, objective: Objective, config: DistillC
 
 def _teacher(job: Job, device: torch.device) -> Teacher:
     shared = ((), job.pad_id, device, job.vocabulary.keep, job.config.teacher_precision)
+    if job.foreign:
+        return ForeignTeacher(job.teacher, job.pad_id, device)
     if not job.others:
         return Teacher(job.teacher, *shared)
     folders, weights = (job.teacher, *job.others), normalised(job.config)
@@ -325,6 +336,8 @@ def _cost(job: Job, teacher: Teacher | None, tokens: int, rollouts: Rollouts | N
     asked = 0
     if teacher is not None:
         asked = tokens if teacher.live else int(job.train.lengths.sum())
+        if isinstance(job.train, PairedExamples):  # its own tokens of the same text, by their share in the whole corpus
+            asked = round(tokens * sum(map(len, job.train.their_ids)) / int(job.train.lengths.sum()))
     # What a teacher wrote is in the examples: tokens after a prompt.
     written = [
         (prompt, len(ids) - prompt) for ids, prompt in zip(job.train.ids, job.train.prompts, strict=False) if prompt

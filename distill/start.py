@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import ModelFolder, load_tokenizer, open_model
-from ..errors import RecipeError, Unsupported
+from ..checkpoints import ModelFolder, open_model
+from ..errors import RecipeError
 from ..recipe import DistillConfig
 from .layer_maps import map_layers
 from .student import StudentPlan
@@ -56,7 +56,7 @@ class Start:
 
 
 def check_start(teacher: ModelFolder, start: ModelFolder, config: DistillConfig | None) -> None:
-    """Whether ``start`` can learn from ``teacher``: same task, same classes, same vocabulary, comparable outputs."""
+    """Whether ``start`` can learn from ``teacher``: same task, same classes, comparable outputs."""
     if start.path == teacher.path:
         return
     if start.task != teacher.task:
@@ -68,10 +68,6 @@ def check_start(teacher: ModelFolder, start: ModelFolder, config: DistillConfig 
         raise RecipeError(
             f"[student] source has the classes {', '.join(start.labels)}, the teacher {', '.join(teacher.labels)}",
             hint="use a model with the teacher's classes, in their order",
-        )
-    if load_tokenizer(start.path).get_vocab() != load_tokenizer(teacher.path).get_vocab():
-        raise Unsupported(
-            "[student] source has another vocabulary than the teacher", hint="use a model with the teacher's tokenizer"
         )
     losses = {} if config is None else {str(name): weight for name, weight in config.loss.items()}
     if (
