@@ -21,7 +21,8 @@ from .errors import EdgestillError
 from .fetch import find_cached
 from .inspection import Inspection, inspect_model
 from .loss_names import LOSS_NAMES, parse_loss
-from .recipe import DistillConfig, Recipe, find_recipe, load_recipe
+from .quantisation_coreml import CoremlQuantisation
+from .recipe import DistillConfig, ExportConfig, Recipe, find_recipe, load_recipe
 from .recipe_teaching import ExtraTeacherConfig
 from .recipe_text import dump_recipe
 
@@ -41,6 +42,14 @@ _WRITING_SLOWNESS = 3.0  # a token written costs about so many times one that is
 _EFFICIENCY = 0.35  # what a whole model reaches of one big matrix product's speed
 _EXPORT_SECONDS = {"onnx": 6.0, "gguf": 4.0, "coreml": 12.0}
 _BASE_MEMORY = 1.2e9  # Python with torch and an exporter loaded, bytes
+
+
+def _bytes_per_weight(config: ExportConfig) -> float:
+    """Of a variant with options, what its format can tell, else that of its family."""
+    parsed = config.parsed
+    if isinstance(parsed, CoremlQuantisation) and config.to not in BYTES_PER_WEIGHT:
+        return parsed.bytes_per_weight
+    return BYTES_PER_WEIGHT.get(config.to) or BYTES_PER_WEIGHT.get(f"{parsed.format}:{parsed.base}", 2)
 
 
 @dataclass(frozen=True)
@@ -244,7 +253,7 @@ class _Draft:
             size = None
             if self.model is not None:
                 teacher, student = self._parameters()
-                size = BYTES_PER_WEIGHT[config.to] * (teacher if config.of == "teacher" else student)
+                size = _bytes_per_weight(config) * (teacher if config.of == "teacher" else student)
             rows.append(PlanVariant(config.variant, config.of, size))
         return tuple(rows)
 

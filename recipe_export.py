@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import field_validator, model_validator
 
@@ -31,6 +31,25 @@ class ExportConfig(Strict):
     kv_cache: Literal["fp16"] | None = None
     """type of an ONNX decoder's key/value cache; by default that of its activations. `fp16` halves the memory of a
     long context. llama.cpp's cache gets its type when the file is opened, Core ML's is fp16 anyway."""
+    shapes: Literal["dynamic"] | Positive | list[Positive] = "dynamic"
+    """Core ML, encoders: `"dynamic"` takes any length, `[32, 128, 512]` one of these (an app pads); a single length is
+    refused for now."""
+    min_target: Literal["iOS16", "iOS17", "iOS18"] | None = None
+    """Core ML: oldest system that must load the artifact; by default the oldest that can."""
+
+    @field_validator("shapes")
+    @classmethod
+    def _some(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(value) < 2:
+            raise ValueError("give at least two lengths, or a number for a fixed one")
+        return value
+
+    @model_validator(mode="after")
+    def _only_coreml(self) -> ExportConfig:
+        for key, left_out in (("shapes", self.shapes == "dynamic"), ("min_target", self.min_target is None)):
+            if not left_out and self.format != "coreml":
+                raise ValueError(f"{key} is for coreml; {self.to} takes any length and names its own minimum runtime")
+        return self
 
     @field_validator("to")
     @classmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 
 NASTY_TEXTS = (
     "Hello, World!", "  two  spaces and\ttabs\n\nand lines \r\n", "naïve café — “quotes” … ½ ﬁ", "ÀÉÎ İstanbul ß ẞ",
@@ -143,10 +146,22 @@ def weight_error(grid: str, weight: Floats, decoded: Floats) -> WeightError:
     limit = grid_limit(grid)
     if limit is None:
         raise Unsupported(f"no rounding bound is known for the grid {grid!r}", hint="is it a newer artifact?")
-    wide = weight.astype(np.float64)
-    error = np.abs(decoded.astype(np.float64) - wide)
+    wide, near = weight.astype(np.float64), decoded.astype(np.float64)
+    error = np.abs(near - wide)
     if not np.isfinite(error).all():
         return WeightError(np.inf, np.inf, np.inf)
+    if limit.sparse:
+        dropped = _dropped(wide, near, limit)
+        if dropped > 1:
+            return WeightError(dropped, 0.0, 0.0)
+        wide = np.where(near == 0, 0.0, wide)
+        kept = _of_kept(wide, near, limit)
+        return dataclasses.replace(kept, largest=max(kept.largest, dropped))
+    return _of_kept(wide, near, limit)
+
+
+def _of_kept(wide: Doubles, near: Doubles, limit: GridLimit) -> WeightError:
+    error = np.abs(near - wide)
     if limit.bits == 0:
         allowed = np.abs(wide) * limit.relative + limit.absolute
         if not allowed.any():
@@ -155,15 +170,49 @@ def weight_error(grid: str, weight: Floats, decoded: Floats) -> WeightError:
     if not wide.any():
         return WeightError(np.inf if error.any() else 0.0, 0.0, 0.0)
     steps = _steps(np.abs(wide), limit) + limit.absolute
-    largest = float((error / np.maximum(steps, 1e-30)).max()) / limit.largest
+    if limit.palette:
+        largest = _off_the_nearest(wide, near, limit)
+    else:
+        largest = float((error / np.maximum(steps, 1e-30)).max()) / limit.largest
     rms = float(np.sqrt((error**2).mean() / (steps**2).mean())) / limit.rms
     power = float((wide**2).mean())
     noise = float((error**2).mean()) / power  # relative, squared
-    gain = float((wide * decoded).mean()) / power
+    gain = float((wide * near).mean()) / power
     # Rounding errors of weights that lie on another grid already (a student made from a GGUF) do not average out:
     # in 8 bits SmolLM2's embeddings shrink by 0.0015 as a whole.
     allowed_gain = 5 * np.sqrt(noise / wide.size) + noise + 0.25 / (1 << limit.bits - 1)
     return WeightError(largest, rms, abs(gain - 1) / allowed_gain)
+
+
+def _dropped(wide: Doubles, near: Doubles, limit: GridLimit) -> float:
+    """Of a sparse tensor: the largest weight that became 0, as a share of what may: the weight at the sparsity's rank
+    (and half a percent, since the name of the grid is rounded), or what rounds to 0 on the grid of what is kept."""
+    gone = np.abs(wide[near == 0])
+    rank = min(wide.size - 1, math.ceil(wide.size * (limit.sparse + 0.5) / 100))
+    threshold = float(np.partition(np.abs(wide).reshape(-1), rank)[rank]) * (1 + 2.0**-10)
+    if limit.bits and not limit.palette:
+        threshold = max(threshold, float(_steps(np.abs(wide), limit).max()) * limit.largest)
+    return float(gone.max(initial=0) / max(threshold, 1e-30))
+
+
+def _off_the_nearest(wide: Doubles, near: Doubles, limit: GridLimit) -> float:
+    """How much farther the worst weight lies from its value than from the nearest one of its table, as a share of what
+    rounding a float16 table explains; infinite when a table has more values than its bits can name."""
+    tall = limit.rows if limit.rows > 0 else len(wide)
+    worst = 0.0
+    for first in range(0, len(wide), tall):
+        part, found = wide[first : first + tall].reshape(-1), near[first : first + tall].reshape(-1)
+        if limit.sparse:
+            part, found = part[found != 0], found[found != 0]
+        table = np.unique(found)
+        if len(table) > 1 << limit.bits:
+            return np.inf
+        if len(table):
+            place = np.searchsorted(table, part).clip(1, max(1, len(table) - 1))
+            least = np.minimum(np.abs(part - table[place - 1]), np.abs(part - table[np.minimum(place, len(table) - 1)]))
+            slack = np.abs(part) * 2.0**-10 + 2.0**-24
+            worst = max(worst, float(((np.abs(part - found) - least) / slack).max()))
+    return worst
 
 
 def check_tokenizer(artifact: Artifact, student: Path) -> Check:
@@ -243,6 +292,10 @@ def _steps(magnitude: npt.NDArray[np.float64], limit: GridLimit) -> npt.NDArray[
     divisor = (1 << limit.bits - 1) - 1
     if limit.block < 0:
         return np.full_like(magnitude, magnitude.max(initial=0) / divisor)
+    if limit.rows != 1:
+        tall = limit.rows if limit.rows > 0 else len(magnitude)
+        tops = magnitude.reshape(-1, tall * magnitude[0].size).max(axis=1)
+        return np.repeat(tops, tall * magnitude[0].size).reshape(magnitude.shape) / max(divisor, 1)
     if limit.block == 0:
         rows = magnitude.reshape(len(magnitude), -1)
         return np.broadcast_to(rows.max(axis=1)[:, None], rows.shape).reshape(magnitude.shape) / divisor

@@ -12,6 +12,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..artifact import Format, Manifest, StoredTensor
 
@@ -45,7 +46,10 @@ class GridLimit:
     against the weight itself (beside ``absolute``, for subnormal numbers). K-quants keep the scales of their blocks as
     integers, shared by 256 weights: a small block beside a large one gets a coarse scale, so ``outer`` times the
     largest magnitude of the 256 is added to its step. A GGML scale is a float16, whose smallest step is 2**-24: what
-    that does to the largest code is ``absolute``, which is added too.
+    that does to the largest code is ``absolute``, which is added too. ``rows`` share a block (-1: all). A ``palette``
+    has values where they are needed, not at equal distances: each weight must lie on the nearest value of its table,
+    of which there are ``2**bits``, and ``rms`` still bounds what k-means leaves. Of a ``sparse`` tensor that many
+    percent may be 0, the smallest ones; what is kept is judged by the rest.
     """
 
     bits: int = 0
@@ -55,6 +59,9 @@ class GridLimit:
     relative: float = 0.0
     absolute: float = 0.0
     outer: float = 0.0
+    rows: int = 1
+    palette: bool = False
+    sparse: int = 0
 
 
 _HALF = GridLimit(relative=2**-11 * 1.001, absolute=2**-24)  # of subnormal numbers, whatever way they are rounded
@@ -62,7 +69,7 @@ _BRAIN = GridLimit(relative=2**-8)
 _EXACT = GridLimit()
 
 
-def _ggml(bits: int, **changes: float) -> GridLimit:
+def _ggml(bits: int, **changes: Any) -> GridLimit:
     """A GGML type with one float16 scale for 32 weights."""
     return GridLimit(bits, 32, absolute=2.0 ** (bits - 25), **changes)
 
@@ -88,8 +95,9 @@ GRID_LIMITS: Mapping[str, GridLimit] = {
 
 
 def grid_limit(grid: str) -> GridLimit | None:
-    """The limit of a grid: one of :data:`GRID_LIMITS`, ``intB-bN`` (blocks of N in a row) or ``intB-channel`` (a scale
-    a row); ``None`` for an unknown one.
+    """The limit of a grid: one of :data:`GRID_LIMITS`, ``intB-bN`` (blocks of N in a row), ``intB-channel`` (a scale
+    a row), ``palB`` (a table), ``palB-gN`` (a table for N rows), ``sparseP`` or ``sparseP-`` and one of these; ``None``
+    for an unknown one.
 
     ``intB-bN-search``: the range of a block is cut to 0.6 of its own at most. ``intB-bN-gptq``: codes make up for each
     other's errors, so that a single weight may be anywhere in its block's range (13.8 steps off were seen); the tensor
@@ -97,6 +105,11 @@ def grid_limit(grid: str) -> GridLimit | None:
     """
     if grid in GRID_LIMITS:
         return GRID_LIMITS[grid]
+    if sparse := re.fullmatch(r"sparse(\d{1,2}|100)(?:-((?:int|pal).+))?", grid):
+        kept = grid_limit(sparse[2]) if sparse[2] else _HALF
+        return dataclasses.replace(kept, sparse=int(sparse[1])) if kept else None
+    if palette := re.fullmatch(r"pal([1-8])(?:-g([1-9]\d*))?", grid):
+        return GridLimit(int(palette[1]), 0, rows=int(palette[2] or -1), palette=True)
     found = re.fullmatch(r"int([2-8])-(?:b([1-9]\d*)(-search|-gptq)?|channel)", grid)
     if not found:
         return None
@@ -191,7 +204,8 @@ def _by_activation(manifest: Manifest, activations: frozenset[Activation]) -> Fa
     if any(kind.startswith("int8-b") for kind in activations):
         return _BLOCKS
     half = activations & {"float16", "float16-in", "float16-maybe"}
-    if manifest.format == "coreml" or half or half_cache(manifest):
+    stateful = manifest.format == "coreml" and manifest.task == "text-generation"  # states are float16 in any precision
+    if stateful or half or half_cache(manifest):
         return _FP16
     return _FP32
 
@@ -224,18 +238,21 @@ def activation_of(form: Format, tensor: StoredTensor) -> Activation:
         if grid == "f16":
             return "float16-in"
         return "q8_k" if grid.endswith("_k") or grid == "iq4_xs" else "q8_0"
-    return "float16" if form == "coreml" else "none"
+    return "float16" if form == "coreml" and grid != "float32" else "none"
 
 
 _CEILINGS: tuple[tuple[tuple[str, ...], Ceiling], ...] = (
     (("fp32", "f32"), Ceiling(1e-4, 1.001, 1e-4, "nothing is quantised")),
     (("fp16", "f16", "bf16"), Ceiling(0.01, 1.02, 1e-3, "float16 costs about 1e-5 nats")),
-    (("q8_0", "int8"), Ceiling(0.1, 1.15, 0.02, "8-bit blocks cost about 0.005 nats")),
-    (("q6_k", "q5_k_m", "q5_0", "q5_1"), Ceiling(0.2, 1.3, 0.03, "5 and 6 bits cost about 0.02 nats")),
+    (("q8_0", "int8", "pal8"), Ceiling(0.1, 1.15, 0.02, "8-bit blocks cost about 0.005 nats")),
+    (("q6_k", "q5_k_m", "q5_0", "q5_1", "pal6"), Ceiling(0.2, 1.3, 0.03, "5 and 6 bits cost about 0.02 nats")),
     (("q4_k_m", "q4_k_s"), Ceiling(0.5, 1.6, 0.06, "4-bit K-quants cost about 0.05 nats")),
-    (("q4_0", "q4_1", "iq4_nl", "int4"), Ceiling(1.0, 2.5, 0.1, "4-bit blocks cost about 0.4 nats on a 135M model")),
+    (("q4_0", "q4_1", "iq4_nl", "int4", "pal4"), Ceiling(1.0, 2.5, 0.1, "4-bit blocks cost about 0.4 nats on a 135M "
+     "model")),
     (("int8-dynamic", "int8-dynamic-per-channel"), Ceiling(1.5, 4.0, 0.1, "dynamic int8 costs about 0.6 nats; the "
      "saturating one 13.7")),
+    (("pal3", "pal2", "sparse"), Ceiling(2.0, 6.0, 0.2, "small tables and pruning need training to be good: "
+     "only garbage is refused")),
 )  # fmt: skip
 _WIDEST = Ceiling(2.0, 6.0, 0.2, "unknown quantisation: only garbage is refused")
 
@@ -247,4 +264,5 @@ def ceiling_for(quantisation: str) -> Ceiling:
     if quantisation in known:
         return known[quantisation]
     family = quantisation.partition("-")[0]
-    return known.get(family, _WIDEST) if family in ("int4", "int8") else _WIDEST
+    family = "sparse" if family.startswith("sparse") else family
+    return known.get(family, _WIDEST) if family in ("int4", "int8", "sparse") or family[:3] == "pal" else _WIDEST

@@ -1,15 +1,18 @@
-"""Write Core ML packages: encoders as ML programs for iOS 16, decoders with a stateful KV cache for iOS 18."""
+"""Write Core ML packages: encoders as ML programs for iOS 16 or later, decoders with a stateful KV cache for iOS 18."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..architectures import ARCHITECTURES
-from ..artifact import TensorSpec
+from ..artifact import Histogram, StoredTensor, TensorSpec
 from ..errors import Unsupported
 from ..progress import Progress, silent
+from . import coreml_target
+from .coreml_compress import Fallback
+from .coreml_target import Target
 from .writer import Draft, Weights, context_length
 
 if TYPE_CHECKING:
@@ -36,12 +39,15 @@ def write(
     config: ExportConfig,
     calibration: Sequence[str] = (),
     progress: Progress = silent,
+    *,
+    types: Mapping[str, str] | None = None,
 ) -> Draft:
-    """Write ``model.mlpackage`` into ``folder``; quantisations: ``fp16`` (with float32 where float16 is too small) and
-    ``int8`` (weights, one scale a row).
+    """Write ``model.mlpackage`` into ``folder``, its matrices stored as ``config`` says.
 
-    Needs about four times the float32 model in memory. Raises :class:`edgestill.errors.EdgestillError` when
-    coremltools can't convert the model or changed its weights, and :class:`MissingDependency` without it.
+    ``types`` gives some parameters (names of the model folder) another storage, in the same language. Needs about four
+    times the float32 model in memory. Raises :class:`edgestill.errors.EdgestillError` when coremltools can't convert
+    the model or changed its weights, :class:`Unsupported` for a target that is too old for what is asked, and
+    :class:`MissingDependency` without coremltools.
     """
     from ..checkpoints import load_torch
     from ..runtimes.milproto import load_program
@@ -56,36 +62,55 @@ def write(
             hint=f"decoders that have one: {', '.join(able)}; export this one to onnx or gguf",
         )
     context = context_length(model, config, _LONGEST_CONTEXT if generates else None)
+    target = coreml_target.choose(model, config, context, types or {})
     progress(f"{config.variant}: tracing and converting")
     torch_model = load_torch(model.path)
     used = _parameters(torch_model, model)
-    convert = coreml_convert.convert_decoder if generates else coreml_convert.convert_encoder
-    converted = convert(model, torch_model, context)
     cache = _cache_bytes(torch_model) if generates else None
-    if config.quantisation == "int8":
-        progress(f"{config.variant}: quantising weights")
-        converted = coreml_convert.compress_int8(converted)
-    progress(f"{config.variant}: writing")
+    precision: Any = "float32" if target.quantisation.bits == 32 else "islands"
+    if generates:
+        converted = coreml_convert.convert_decoder(model, torch_model, context, precision=precision)
+    else:
+        converted = coreml_convert.convert_encoder(
+            model, torch_model, target.lengths, shapes=target.shapes, precision=precision, ios=target.ios
+        )
+    del torch_model
+    tensors = coreml_package.map_weights(load_program(Path(converted.package_path)), Weights(model.path), used)
+    plan = coreml_package.plan_of(converted, tensors, target.quantisation, types or {})
+    progress(f"{config.variant}: compressing and writing" if plan else f"{config.variant}: writing")
     package = folder / ENTRY
-    coreml_package.write_package(
-        converted, package, description=f"{model.task}, {config.quantisation}, by edgestill", license=model.license
-    )
+    fallbacks = coreml_package.write_package(
+        converted, package, description=f"{model.task}, {config.quantisation}, by edgestill", license=model.license,
+        plan=plan,
+    )  # fmt: skip
     program = load_program(package)
     rows = histogram(program)
-    inputs, outputs = _decoder_specs(model) if generates else _encoder_specs(model)
+    decoder = _decoder_specs(model, "float32" if precision == "float32" else "float16")
+    inputs, outputs = decoder if generates else _encoder_specs(model, target)
     return Draft(
         entry=ENTRY,
         inputs=inputs,
         outputs=outputs,
-        shapes="dynamic",
-        max_length=context,
-        contents=", ".join(f"{row.tensors} tensors {name}" for name, row in rows.items()),
+        shapes=target.shapes,
+        max_length=context if generates else target.lengths[-1],
+        contents=_contents(rows, fallbacks, tensors),
         dtype_histogram=rows,
-        minimum_runtime={"ios": "18" if generates else "16"},
+        minimum_runtime={"ios": str(target.ios)},
         kv_cache_bytes_per_token=cache,
         pooling_in_graph=model.pooling is not None,
-        tensors=coreml_package.map_weights(program, Weights(model.path), used),
+        tensors=coreml_package.with_grids(tensors, program),
     )
+
+
+def _contents(rows: Mapping[str, Histogram], fallbacks: Sequence[Fallback], tensors: Sequence[StoredTensor]) -> str:
+    """What is inside, and which parameters could not be stored as asked."""
+    said = ", ".join(f"{row.tensors} tensors {name}" for name, row in rows.items())
+    if not fallbacks:
+        return said
+    names = {tensor.stored: tensor.name for tensor in tensors}
+    first = fallbacks[0]
+    more = f" and {len(fallbacks) - 1} more" if fallbacks[1:] else ""
+    return f"{said} ({names[first.name]}{more} fell back, to {first.stored}: {first.reason})"
 
 
 def _parameters(torch_model: object, model: ModelFolder) -> list[str]:
@@ -102,16 +127,17 @@ def _cache_bytes(torch_model: object) -> int:
     return int(2 * 2 * config.num_hidden_layers * config.num_key_value_heads * size)
 
 
-def _encoder_specs(model: ModelFolder) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    inputs = tuple(TensorSpec(name, "int32", (1, "length")) for name in ("input_ids", "attention_mask"))
+def _encoder_specs(model: ModelFolder, target: Target) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    length = target.lengths[0] if target.shapes == "fixed" else "length"
+    inputs = tuple(TensorSpec(name, "int32", (1, length)) for name in ("input_ids", "attention_mask"))
     if model.pooling is not None:
         return inputs, (TensorSpec("sentence_embedding", "float32", (1, model.hidden_size)),)
     return inputs, (TensorSpec("logits", "float32", (1, len(model.labels))),)
 
 
-def _decoder_specs(model: ModelFolder) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+def _decoder_specs(model: ModelFolder, dtype: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     inputs = (
         TensorSpec("input_ids", "int32", (1, "length")),
-        TensorSpec("causal_mask", "float16", (1, 1, "length", "total")),
+        TensorSpec("causal_mask", dtype, (1, 1, "length", "total")),
     )
-    return inputs, (TensorSpec("logits", "float16", (1, "length", model.vocab_size)),)
+    return inputs, (TensorSpec("logits", dtype, (1, "length", model.vocab_size)),)

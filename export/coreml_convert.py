@@ -1,4 +1,4 @@
-"""Trace, convert, compress: from a wrapped torch model to a coremltools model. What coremltools prints is kept back."""
+"""Trace and convert: from a wrapped torch model to a coremltools model. What coremltools prints is kept back."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from .coreml_programs import DecoderProgram, EncoderProgram
 if TYPE_CHECKING:
     from ..checkpoints import ModelFolder
 
-__all__ = ["Precision", "compress_int8", "convert_decoder", "convert_encoder"]
+__all__ = ["Precision", "convert_decoder", "convert_encoder"]
 
-Precision = Literal["islands", "half"]
-"""``islands``: float16 with float32 where values outgrow it (the default); ``half``: all float16."""
+Precision = Literal["islands", "half", "float32"]
+"""``islands``: float16 with float32 where values outgrow it (the default); ``half``: all float16; ``float32``: none."""
 
 # Pooling: sums over all tokens, and squares of a vector that may be long or short.
 _ENCODER_ISLANDS = frozenset(
     {"clip", "maximum", "pow", "real_div", "reduce_sum", "reduce_sum_square", "sqrt", "square"}
 )
 _NORM = frozenset({"pow", "reduce_mean", "rsqrt", "square"})
-_SMALLEST_QUANTISED = 2048  # weights; smaller tensors gain nothing
 
 
 @contextlib.contextmanager
@@ -70,9 +69,11 @@ def _convert(program: Any, example: tuple[Any, ...], precision: Precision, half:
             return ct.convert(
                 traced,
                 convert_to="mlprogram",
-                compute_precision=(
-                    ct.precision.FLOAT16 if precision == "half" else ct.transform.FP16ComputePrecision(op_selector=half)
-                ),
+                compute_precision={
+                    "half": ct.precision.FLOAT16,
+                    "float32": ct.precision.FLOAT32,
+                    "islands": ct.transform.FP16ComputePrecision(op_selector=half),
+                }[precision],
                 skip_model_load=True,
                 **arguments,
             )
@@ -83,35 +84,55 @@ def _convert(program: Any, example: tuple[Any, ...], precision: Precision, half:
             ) from error
 
 
-def convert_encoder(folder: ModelFolder, model: Any, context: int, *, precision: Precision = "islands") -> Any:
-    """An encoder as an ML program for iOS 16: int32 ``input_ids`` and ``attention_mask`` [1, 1…context], float32
-    ``sentence_embedding`` [1, D] or ``logits`` [1, C]."""
+def convert_encoder(
+    folder: ModelFolder,
+    model: Any,
+    lengths: tuple[int, ...],
+    *,
+    shapes: str = "dynamic",
+    precision: Precision = "islands",
+    ios: int = 16,
+) -> Any:
+    """An encoder as an ML program for ``ios``: int32 ``input_ids`` and ``attention_mask`` [1, T], float32
+    ``sentence_embedding`` [1, D] or ``logits`` [1, C].
+
+    ``shapes``: T is 1 to the last of ``lengths`` (``dynamic``), that one (``fixed``) or one of them (``enumerated``).
+    """
     import numpy as np
     import torch
 
     ct = import_coremltools()
 
-    length = min(8, context)
+    context = lengths[-1]
+    length = context if shapes == "fixed" else lengths[0] if shapes == "enumerated" else min(8, context)
     example = (torch.full((1, length), 2, dtype=torch.int32), torch.ones(1, length, dtype=torch.int32))
-    free = ct.RangeDim(lower_bound=1, upper_bound=context, default=length)
+    size: Any = (1, length)
+    if shapes == "enumerated":
+        size = ct.EnumeratedShapes([(1, one) for one in lengths], default=(1, length))
+    elif shapes == "dynamic":
+        size = (1, ct.RangeDim(lower_bound=1, upper_bound=context, default=length))
     output = "sentence_embedding" if folder.pooling is not None else "logits"
     return _convert(
         EncoderProgram(folder, model, context), example, precision, _encoder_half,
-        inputs=[ct.TensorType(name, (1, free), np.int32) for name in ("input_ids", "attention_mask")],
+        inputs=[ct.TensorType(name, size, np.int32) for name in ("input_ids", "attention_mask")],
         outputs=[ct.TensorType(output, dtype=np.float32)],
-        minimum_deployment_target=ct.target.iOS16,
+        minimum_deployment_target=getattr(ct.target, f"iOS{ios}"),
     )  # fmt: skip
 
 
 def convert_decoder(folder: ModelFolder, model: Any, context: int, *, precision: Precision = "islands") -> Any:
     """A decoder with its KV cache as states, for iOS 18: int32 ``input_ids`` [1, q], float16 ``causal_mask``
-    [1, 1, q, e], float16 ``logits`` [1, q, V], float16 states ``key_cache`` and ``value_cache``."""
+    [1, 1, q, e], float16 ``logits`` [1, q, V] (float32 in that precision), float16 states
+    ``key_cache`` and ``value_cache``.
+
+    States are float16 in every precision: Core ML knows no others."""
     import numpy as np
     import torch
 
     ct = import_coremltools()
 
     program = DecoderProgram(folder, model, context)
+    dtype = np.float32 if precision == "float32" else np.float16
     # Three new tokens after two: no two sizes are equal, so the trace can't take one for the other.
     example = (torch.full((1, 3), 2, dtype=torch.int32), torch.zeros(1, 1, 3, 5))
     query = ct.RangeDim(lower_bound=1, upper_bound=context, default=1)
@@ -120,26 +141,12 @@ def convert_decoder(folder: ModelFolder, model: Any, context: int, *, precision:
         program, example, precision, _decoder_half,
         inputs=[
             ct.TensorType("input_ids", (1, query), np.int32),
-            ct.TensorType("causal_mask", (1, 1, query, end), np.float16),
+            ct.TensorType("causal_mask", (1, 1, query, end), dtype),
         ],
-        outputs=[ct.TensorType("logits", dtype=np.float16)],
+        outputs=[ct.TensorType("logits", dtype=dtype)],
         states=[
             ct.StateType(ct.TensorType(shape=program.cache_shape, dtype=np.float16), name=name)
             for name in ("key_cache", "value_cache")
         ],
         minimum_deployment_target=ct.target.iOS18,
     )  # fmt: skip
-
-
-def compress_int8(model: Any) -> Any:
-    """Store the weights of linear layers and embeddings as int8 with one float16 scale a row (symmetric, 127 levels a
-    side); tables, norms and biases stay as they are."""
-    import_coremltools()
-    import coremltools.optimize.coreml as optimize
-
-    row = optimize.OpLinearQuantizerConfig(
-        mode="linear_symmetric", dtype="int8", granularity="per_channel", weight_threshold=_SMALLEST_QUANTISED
-    )
-    config = optimize.OptimizationConfig(op_type_configs={"linear": row, "gather": row})
-    with _quiet():
-        return optimize.linear_quantize_weights(model, config)

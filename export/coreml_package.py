@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ import numpy as np
 from ..artifact import StoredTensor
 from ..errors import EdgestillError
 from ..files import hash_file
-from ..runtimes.mil.program import Program
-from ..runtimes.payload_coreml import grid_of, stored_weights, weight_values
+from ..quantisation_coreml import CoremlQuantisation
+from ..runtimes.mil.program import Constant, Program
+from ..runtimes.payload_coreml import grid_of, stored_weights
+from .coreml_compress import Fallback, compress, compressible
+from .coreml_target import quantisation_of
 from .writer import Weights
 
-__all__ = ["map_weights", "write_package"]
+__all__ = ["map_weights", "plan_of", "with_grids", "write_package"]
 
 _AUTHOR = "com.apple.CoreML"
 _MODEL, _WEIGHTS = "model.mlmodel", "weights"
@@ -27,8 +31,16 @@ _MODEL, _WEIGHTS = "model.mlmodel", "weights"
 _VOLATILE = ("com.github.apple.coremltools.conversion_date",)
 
 
-def write_package(model: Any, package: Path, *, description: str, license: str | None) -> None:
-    """Save the coremltools ``model`` as ``package``, without dates, and with item ids made from the content.
+def write_package(
+    model: Any,
+    package: Path,
+    *,
+    description: str,
+    license: str | None,
+    plan: Mapping[str, CoremlQuantisation] | None = None,
+) -> list[Fallback]:
+    """Save the coremltools ``model`` as ``package``, without dates, and with item ids made from the content; constants
+    that ``plan`` names are compressed, and what could not be is returned.
 
     A package saved by coremltools carries the day of the conversion and two random UUIDs. The temporary package that
     coremltools made is deleted.
@@ -41,8 +53,9 @@ def write_package(model: Any, package: Path, *, description: str, license: str |
     metadata.license = license or ""
     data = package / "Data" / _AUTHOR
     (data / _WEIGHTS).mkdir(parents=True)
+    weights = Path(model.weights_dir) / "weight.bin"
+    fallbacks = compress(spec, weights, data / _WEIGHTS / "weight.bin", plan or {})
     (data / _MODEL).write_bytes(spec.SerializeToString(deterministic=True))
-    shutil.copyfile(Path(model.weights_dir) / "weight.bin", data / _WEIGHTS / "weight.bin")
     shutil.rmtree(model.package_path, ignore_errors=True)
     items = {}
     for name, text in ((_MODEL, "CoreML Model Specification"), (_WEIGHTS, "CoreML Model Weights")):
@@ -52,15 +65,17 @@ def write_package(model: Any, package: Path, *, description: str, license: str |
     root = next(key for key, item in items.items() if item["name"] == _MODEL)
     manifest = {"fileFormatVersion": "1.0.0", "itemInfoEntries": items, "rootModelIdentifier": root}
     (package / "Manifest.json").write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n", encoding="utf-8")
+    return fallbacks
 
 
 def map_weights(program: Program, weights: Weights, used: Iterable[str]) -> list[StoredTensor]:
-    """Where the parameters ``used`` lie in the program: by the converter's name, else by shape and content.
+    """Where the parameters ``used`` lie in a program whose weights are floats: by the converter's name, else by shape
+    and content.
 
     A float16 weight must be the student's, rounded; anything else raises :class:`EdgestillError` (the conversion
     changed it). Weights that are all ones may be missing: multiplying by them was left out.
     """
-    stored = dict(stored_weights(program))
+    stored = {name: found for name, found in stored_weights(program) if isinstance(found, Constant)}
     by_name = {_plain(name): name for name in stored}
     found: list[StoredTensor] = []
     missing: list[str] = []
@@ -68,12 +83,12 @@ def map_weights(program: Program, weights: Weights, used: Iterable[str]) -> list
         value = weights[name]
         constant = by_name.get(_plain("model_" + re.sub(r"[^A-Za-z0-9]", "_", name)))
         candidates = [constant] if constant is not None else list(stored)
-        place = next((c for c in candidates if _holds(program, stored[c], value)), None)
+        place = next((c for c in candidates if _holds(stored[c], value)), None)
         if place is None:
             if not (value == 1).all():
                 missing.append(name)
             continue
-        found.append(StoredTensor(name, place, grid_of(stored[place], program)))
+        found.append(StoredTensor(name, place, stored[place].type.dtype))
     if missing:
         raise EdgestillError(
             f"{len(missing)} weights are not in the Core ML program as they were, first {missing[0]}",
@@ -82,22 +97,35 @@ def map_weights(program: Program, weights: Weights, used: Iterable[str]) -> list
     return found
 
 
+def plan_of(
+    model: Any, tensors: Iterable[StoredTensor], default: CoremlQuantisation, types: Mapping[str, str]
+) -> dict[str, CoremlQuantisation]:
+    """How each constant of the converted ``model`` that may be compressed is stored: by ``types`` (parameter names),
+    else as ``default``. Constants that stay float are not in it."""
+    able = compressible(model.get_spec())
+    chosen = {
+        tensor.stored: quantisation_of(types[tensor.name]) if tensor.name in types else default
+        for tensor in tensors
+        if tensor.stored in able
+    }
+    return {name: one for name, one in chosen.items() if one.coded or one.sparsity}
+
+
+def with_grids(tensors: Iterable[StoredTensor], program: Program) -> list[StoredTensor]:
+    """The same weight map for ``program``, in which constants of the same names have been compressed."""
+    stored = dict(stored_weights(program))
+    return [dataclasses.replace(tensor, grid=grid_of(stored[tensor.stored], program)) for tensor in tensors]
+
+
 def _plain(name: str) -> str:
     """A converter's name without what its passes append."""
-    return re.sub(r"(_to_fp16|_quantized|_cast_fp16|_palettized)+$", "", name)
+    return re.sub(r"(_to_fp16|_cast_fp16)+$", "", name)
 
 
-def _holds(program: Program, stored: Any, value: Any) -> bool:
-    """Is ``stored`` the float weight ``value``: equal in float16 or float32, near on a coarser grid?"""
-    kind = getattr(stored, "type", None)
-    if kind is not None:
-        if not kind.dtype.startswith("float") or kind.shape != value.shape:
-            return False
-        # coremltools keeps what float16 would round to 0 at its smallest number, 2**-24.
-        error = np.abs(np.asarray(stored.value, np.float32) - value.astype(stored.value.dtype).astype(np.float32))
-        return bool(error.max(initial=0) <= 2.0**-24)
-    if tuple(stored.outputs[0][1].shape) != value.shape:
+def _holds(stored: Constant, value: Any) -> bool:
+    """Is ``stored`` the float weight ``value``, equal in its type?"""
+    if not stored.type.dtype.startswith("float") or stored.type.shape != value.shape:
         return False
-    step = np.abs(value.reshape(len(value), -1)).max(axis=1) / 100  # a code of int8 is 1/127 of the largest weight
-    error = np.abs(weight_values(stored, program) - value).reshape(len(value), -1).max(axis=1)
-    return bool((error <= step + 1e-7).all())
+    # coremltools keeps what float16 would round to 0 at its smallest number, 2**-24.
+    error = np.abs(np.asarray(stored.value, np.float32) - value.astype(stored.value.dtype).astype(np.float32))
+    return bool(error.max(initial=0) <= 2.0**-24)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ..artifact import Artifact
 from ..errors import BadInput, Unsupported
 from .mil.interpreter import Interpreter, RangeRow
-from .milproto import coremltools_version, import_coremltools, load_program
+from .milproto import coremltools_version, enumerated_lengths, import_coremltools, load_program
 from .session import DecodedToken, Floats, Ints, SessionInfo, SessionOptions, check_batch, check_prompt
 
 __all__ = ["HIDDEN", "CoremlSession", "MilSession", "NativeCoreMLSession", "causal_mask", "open_coreml"]
@@ -46,12 +46,22 @@ def causal_mask(new: int, total: int) -> Floats:
     return np.where(places[None] <= places[total - new :, None], 0, HIDDEN).astype(np.float32)[None, None]
 
 
+def _lengths(artifact: Artifact) -> tuple[int, ...]:
+    """The lengths that the program takes, rising; none when it takes any."""
+    if artifact.manifest.shapes == "dynamic":
+        return ()
+    size = artifact.manifest.inputs[0].shape[1]
+    return (size,) if isinstance(size, int) else enumerated_lengths(artifact.entry)
+
+
 class CoremlSession(ABC):
     """What both sessions share. :class:`edgestill.runtimes.session.Session`."""
 
     def __init__(self, artifact: Artifact) -> None:
         self._manifest = artifact.manifest
         self._output = artifact.manifest.outputs[0].name
+        self._dtypes = {spec.name: spec.dtype for spec in artifact.manifest.inputs}
+        self._lengths = _lengths(artifact)
 
     @abstractmethod
     def info(self) -> SessionInfo:
@@ -87,6 +97,9 @@ class CoremlSession(ABC):
         feed["attention_mask"] = np.ones((1, len(tokens)), np.int32)
         if any(spec.name == "token_type_ids" for spec in self._manifest.inputs):  # of another tool
             feed["token_type_ids"] = np.zeros((1, len(tokens)), np.int32)
+        missing = next((length for length in self._lengths if length >= len(tokens)), len(tokens)) - len(tokens)
+        if missing:  # lengths that the program does not take are padded, masked inside it
+            feed = {name: np.pad(value, ((0, 0), (0, missing))) for name, value in feed.items()}
         return np.asarray(self._predict(feed, None)[self._output], np.float32)[0]
 
     def _step(self, feed: dict[str, npt.NDArray[Any]], total: int, state: Any) -> Floats:
@@ -195,9 +208,7 @@ class NativeCoreMLSession(CoremlSession):
         return self._live().make_state()
 
     def _predict(self, inputs: Mapping[str, npt.NDArray[Any]], state: Any) -> Mapping[str, Any]:
-        feed = {
-            name: value.astype(np.float16) if value.dtype == np.float32 else value for name, value in inputs.items()
-        }
+        feed = {name: value.astype(self._dtypes.get(name, value.dtype)) for name, value in inputs.items()}
         model = self._live()
         return dict(model.predict(feed) if state is None else model.predict(feed, state))
 

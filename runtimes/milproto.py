@@ -23,7 +23,15 @@ from ..errors import BadInput, MissingDependency, Unsupported
 from ..files import read_json, safe_join
 from .mil.program import NUMPY_DTYPES, Array, Constant, Operation, Program, ValueType
 
-__all__ = ["COREMLTOOLS_MAJOR", "coremltools_version", "import_coremltools", "load_program", "model_file"]
+__all__ = [
+    "COREMLTOOLS_MAJOR",
+    "BlobFile",
+    "coremltools_version",
+    "import_coremltools",
+    "load_program",
+    "mil_messages",
+    "model_file",
+]
 
 COREMLTOOLS_MAJOR = 9
 _HINT = "export it again"
@@ -67,6 +75,15 @@ def import_coremltools() -> ModuleType:
     return coremltools
 
 
+def mil_messages() -> ModuleType:
+    """The classes that protobuf made of ``MIL.proto``."""
+    import_coremltools()
+    from coremltools.proto import MIL_pb2
+
+    module: ModuleType = MIL_pb2
+    return module
+
+
 def model_file(package: Path) -> Path:
     """The ``model.mlmodel`` inside a package, as its manifest names it."""
     manifest = read_json(package / "Manifest.json")
@@ -86,9 +103,31 @@ def load_program(package: Path) -> Program:
     Raises :class:`BadInput` for a damaged package, :class:`Unsupported` for one that is no ML program or uses a part of
     MIL that edgestill does not know.
     """
+    path, model = _parsed(package)
+    if model.WhichOneof("Type") != "mlProgram" or "main" not in model.mlProgram.functions:
+        raise Unsupported(f"{path} is no ML program with a main function", hint="convert it to an mlprogram")
+    try:
+        return _Reader(path, mil_messages()).program(model)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is damaged: {error}", hint=_HINT) from None
+
+
+def enumerated_lengths(package: Path) -> tuple[int, ...]:
+    """The sizes of the last axis that the first input of a package may have, rising; none when it may have any.
+
+    Raises :class:`BadInput` for a damaged package.
+    """
+    _, model = _parsed(package)
+    inputs = model.description.input
+    shapes = inputs[0].type.multiArrayType.enumeratedShapes.shapes if inputs else ()
+    return tuple(sorted({int(shape.shape[-1]) for shape in shapes if shape.shape}))
+
+
+def _parsed(package: Path) -> tuple[Path, Any]:
+    """Path and message of a package's model."""
     path = model_file(package)
     import_coremltools()
-    from coremltools.proto import MIL_pb2, Model_pb2
+    from coremltools.proto import Model_pb2
     from google.protobuf.message import DecodeError
 
     model = Model_pb2.Model()
@@ -96,12 +135,7 @@ def load_program(package: Path) -> Program:
         model.ParseFromString(path.read_bytes())
     except DecodeError:
         raise BadInput(f"{path} is not a Core ML model", hint=_HINT) from None
-    if model.WhichOneof("Type") != "mlProgram" or "main" not in model.mlProgram.functions:
-        raise Unsupported(f"{path} is no ML program with a main function", hint="convert it to an mlprogram")
-    try:
-        return _Reader(path, MIL_pb2).program(model)
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is damaged: {error}", hint=_HINT) from None
+    return path, model
 
 
 class _Reader:
@@ -110,7 +144,7 @@ class _Reader:
     def __init__(self, path: Path, messages: Any) -> None:
         self._folder = path.parent
         self._name_of_dtype = {number: name.lower() for name, number in messages.DataType.items()}
-        self._blobs: dict[str, Array] = {}
+        self._blobs: dict[str, BlobFile] = {}
 
     def program(self, model: Any) -> Program:
         function = model.mlProgram.functions["main"]
@@ -182,13 +216,28 @@ class _Reader:
 
     def _blob(self, reference: str, offset: int, dtype: str, shape: tuple[int, ...]) -> tuple[Array, int]:
         """The array at ``offset`` of a weight file, a view of the memory map, and its size in bytes."""
-        data = self._blobs.get(reference)
-        if data is None:
+        file = self._blobs.get(reference)
+        if file is None:
             path = safe_join(self._folder, reference.removeprefix("@model_path/"))
-            if not path.is_file() or path.stat().st_size < 64:
-                raise BadInput(f"weight file {path} is missing or empty", hint=_HINT)
-            data = self._blobs[reference] = np.memmap(path, np.uint8, mode="r")
-        where = f"{reference} at offset {offset}"
+            file = self._blobs[reference] = BlobFile(path)
+        return file.array(offset, dtype, shape), -(-math.prod(shape) * _bits(dtype) // 8)
+
+
+class BlobFile:
+    """A weight file, memory-mapped. Raises :class:`BadInput` when it is missing."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file() or path.stat().st_size < 64:
+            raise BadInput(f"weight file {path} is missing or empty", hint=_HINT)
+        self._name = path.name
+        self._data = np.memmap(path, np.uint8, mode="r")
+
+    def array(self, offset: int, dtype: str, shape: tuple[int, ...]) -> Array:
+        """The array that a program names by ``offset``; values under a byte come one a byte, others as a view.
+
+        Raises :class:`BadInput` when something else stands there.
+        """
+        data, where = self._data, f"{self._name} at offset {offset}"
         if offset + 64 > data.size:
             raise BadInput(f"{where}: beyond the end of the file", hint=_HINT)
         sentinel, code = (int(n) for n in data[offset : offset + 8].view("<u4"))
@@ -200,7 +249,7 @@ class _Reader:
         count = math.prod(shape)
         if size != -(-count * _bits(dtype) // 8) or begin + size > data.size:
             raise BadInput(f"{where}: {size} bytes do not hold {dtype} {list(shape)}", hint=_HINT)
-        return _unpack(data[begin : begin + size], dtype, count).reshape(shape), size
+        return _unpack(data[begin : begin + size], dtype, count).reshape(shape)
 
 
 def _bits(dtype: str) -> int:
@@ -212,6 +261,10 @@ def _unpack(raw: Array, dtype: str, count: int) -> Array:
     bits = _BITS.get(dtype)
     if bits is None:
         return raw.view(np.dtype(NUMPY_DTYPES[dtype]).newbyteorder("<"))
+    if bits == 4:
+        values = np.stack([raw & 15, raw >> 4], axis=1).reshape(-1)[:count]
+        return ((values ^ 8).astype(np.int8) - 8) if dtype == "int4" else values
     stream = np.unpackbits(raw, bitorder="little")[: count * bits].reshape(count, bits)
-    values = np.packbits(np.pad(stream, ((0, 0), (0, 8 - bits))), axis=1, bitorder="little")[:, 0]
-    return ((values ^ 8).astype(np.int8) - 8) if dtype == "int4" else values
+    if bits == 1:
+        return stream[:, 0]
+    return np.packbits(np.pad(stream, ((0, 0), (0, 8 - bits))), axis=1, bitorder="little")[:, 0]

@@ -177,7 +177,13 @@ class Interpreter:
 
     def _call(self, step: _Step, arguments: dict[str, Any]) -> Any:
         result = step.handler(arguments, step.result)
-        return result if isinstance(result, tuple) else np.asarray(result)
+        if not isinstance(result, tuple):
+            return np.asarray(result)
+        if step.operation.kind not in EXACT:
+            for part, (_, output) in zip(result, step.operation.outputs, strict=True):
+                if output.dtype == "float16":
+                    round_half(part)
+        return result
 
     def _track(self, step: _Step, result: Array, tainted: set[str]) -> None:
         """Round to float16 where the program says so, and note the range."""

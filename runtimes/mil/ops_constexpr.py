@@ -46,19 +46,58 @@ def blockwise(a: Arguments, _: ValueType) -> Any:
 
 @operation("constexpr_lut_to_dense")
 def lookup(a: Arguments, result: ValueType) -> Any:
-    """Codes looked up in a table of values (palettised weights)."""
+    """Codes looked up in a table of values, or of vectors that fill ``vector_axis`` (palettised weights)."""
     if "shape" in a:  # iOS 16: one table, codes packed little end first
         shape = tuple(int(size) for size in a["shape"])
-        bits = int(np.log2(a["lut"].size))
-        stream = np.unpackbits(a["indices"], bitorder="little")[: int(np.prod(shape)) * bits].reshape(-1, bits)
-        codes = np.packbits(np.pad(stream, ((0, 0), (0, 8 - bits))), axis=1, bitorder="little")[:, 0]
-        return a["lut"][codes.astype(np.int64)].reshape(shape).astype(np.float32)
-    codes, table = a["indices"].astype(np.int64), a["lut"]
-    if table.shape[-1] != 1:
-        raise NotImplementedError("vector palettes")
-    blocks = table.shape[:-2]
+        codes = _unpack(a["indices"], int(np.log2(a["lut"].size)), int(np.prod(shape)))
+        return a["lut"][codes.astype(np.intp)].reshape(shape).astype(np.float32)
+    codes, table = a["indices"].astype(np.intp), a["lut"]
+    blocks, vector = table.shape[:-2], table.shape[-1]
     grid = np.ix_(*[np.arange(size) * count // size for size, count in zip(codes.shape, blocks, strict=True)])
-    return table[(*grid, codes, 0)].astype(np.float32)
+    found = table[(*grid, codes)].astype(np.float32)  # [..., vector]
+    if vector == 1:
+        return found[..., 0]
+    axis = int(a["vector_axis"]) % codes.ndim
+    sizes = [size * vector if index == axis else size for index, size in enumerate(codes.shape)]
+    return np.moveaxis(found, -1, axis + 1).reshape(sizes)
+
+
+def _unpack(packed: Any, bits: int, count: int) -> Any:
+    """``count`` codes of ``bits`` bits out of bytes."""
+    stream = np.unpackbits(packed, bitorder="little")[: count * bits].reshape(count, bits)
+    return np.packbits(np.pad(stream, ((0, 0), (0, 8 - bits))), axis=1, bitorder="little")[:, 0]
+
+
+@operation("constexpr_sparse_to_dense")
+def sparse(a: Arguments, _: ValueType) -> Any:
+    """``nonzero_data`` where ``mask`` is 1, in order, and 0 elsewhere."""
+    mask = a["mask"]
+    if "shape" in a:  # iOS 16: the mask is packed
+        shape = tuple(int(size) for size in a["shape"])
+        mask = _unpack(mask, 1, int(np.prod(shape))).reshape(shape)
+    values = np.zeros(mask.shape, a["nonzero_data"].dtype)
+    values[mask != 0] = a["nonzero_data"]
+    return values
+
+
+@operation("constexpr_sparse_blockwise_shift_scale")
+def sparse_blockwise(a: Arguments, _: ValueType) -> Any:
+    """The mask as it is, and (nonzero_data - offset) * scale, the scale of the place that the mask gives (iOS 18)."""
+    mask = a["data_mask"]
+    dense = {**a, "data": sparse({"mask": mask, "nonzero_data": a["nonzero_data"]}, _)}
+    return mask, blockwise(dense, _)[mask != 0]
+
+
+@operation("constexpr_lut_to_sparse")
+def sparse_lookup(a: Arguments, _: ValueType) -> Any:
+    """The mask (wider by the vectors of the table), and the codes that it keeps, looked up (iOS 18)."""
+    mask = a["indices_mask"]
+    dense = {**a, "indices": sparse({"mask": mask, "nonzero_data": a["indices_nonzero_data"]}, _)}
+    values = lookup(dense, _)
+    vector = a["lut"].shape[-1]
+    if vector > 1:
+        mask = np.repeat(mask, vector, axis=int(a["vector_axis"]))
+    return mask, values[mask != 0]
 
 
 @operation("constexpr_cast")

@@ -7,6 +7,7 @@ import pytest
 
 from edgestill.bench.integrity import weight_error
 from edgestill.bench.limits import grid_limit
+from edgestill.coreml_grids import dequantise_palette, largest_weights, quantise_palette
 from edgestill.errors import Unsupported
 from edgestill.grids import GGML_GRIDS, dequantise, dequantise_affine, ggml_size, quantise_affine
 
@@ -129,3 +130,32 @@ def test_a_link_inside_an_artifact_is_refused(to, tiny_bert, tmp_path):
     (artifact.path / largest).symlink_to(tmp_path / "moved")
     with pytest.raises(BadInput, match=r"through a link|symbolic link"):
         open_artifact(artifact.path)
+
+
+def _stored(grid):
+    """A weight and what an artifact of Core ML would hold of it."""
+    weight = np.random.default_rng(5).standard_t(4, size=(32, 64)).astype(np.float32) * 0.1
+    mask = largest_weights(weight, 50) if grid.startswith("sparse") else None
+    if "pal" in grid:
+        group = int(grid.partition("-g")[2] or 0)
+        decoded = dequantise_palette(quantise_palette(weight, bits=4, group=group, mask=mask))
+    else:
+        decoded = weight.astype(np.float16).astype(np.float32)
+    return weight, decoded if mask is None else np.where(mask, decoded, np.float32(0))
+
+
+@pytest.mark.parametrize("grid", ["pal4", "pal4-g8", "sparse50", "sparse50-pal4", "sparse50-pal4-g16"])
+def test_palettes_and_sparse_weights(grid):
+    """What is right passes; wrong codes, wrong tables and wrong places do not."""
+    weight, decoded = _stored(grid)
+    assert weight_error(grid, weight, decoded).worst <= 1
+    assert weight_error(grid, weight, decoded * np.float32(1.05)).worst > 1
+    assert weight_error(grid, weight, decoded[::-1]).worst > 1
+    one = decoded.copy()
+    places = np.flatnonzero(one)
+    first = one.flat[places[0]]
+    one.flat[places[0]] = next(value for value in one.flat[places] if abs(value - first) > 0.05)
+    assert weight_error(grid, weight, one).worst > 1
+    lost = decoded.copy()
+    lost.flat[np.abs(weight).argmax()] = 0
+    assert weight_error(grid, weight, lost).worst > 1

@@ -219,7 +219,7 @@ def test_encoder_architectures(architecture: str, tiny_bert: Path, tmp_path: Pat
     ids[1, 11:] = 1
     with torch.no_grad():
         want = model(torch.tensor(ids), torch.tensor(mask)).numpy()
-    interpreter = _saved(folder, coreml_convert.convert_encoder(described, model, 48), tmp_path / "m.mlpackage")
+    interpreter = _saved(folder, coreml_convert.convert_encoder(described, model, (48,)), tmp_path / "m.mlpackage")
     for row in range(2):
         feed = {"input_ids": ids[row : row + 1], "attention_mask": mask[row : row + 1]}
         got = interpreter.run(feed)["sentence_embedding"][0]

@@ -64,9 +64,9 @@ def test_stored_values(program: Program, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_unknown_compression_is_refused() -> None:
     result = (("w", ValueType("float16", (6, 32))),)
-    palette = Operation("constexpr_lut_to_dense", "w", {"indices": (_constant(CODES),)}, result)
-    with pytest.raises(Unsupported, match="no grid for constexpr_lut_to_dense"):
-        weight_values(palette, Program({}, {}, {}, (palette,), ("w",)))
+    strange = Operation("constexpr_made_up", "w", {"indices": (_constant(CODES),)}, result)
+    with pytest.raises(Unsupported, match="no grid for constexpr_made_up"):
+        weight_values(strange, Program({}, {}, {}, (strange,), ("w",)))
     odd = Operation(
         "constexpr_blockwise_shift_scale", "w",
         {"data": (_constant(CODES),), "scale": (_constant(np.ones((3, 1), np.float16)),)}, result,

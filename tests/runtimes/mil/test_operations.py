@@ -241,5 +241,6 @@ def test_every_registered_operation_is_tested() -> None:
         "logical_and", "logical_or", "logical_xor", "logical_not", "range_1d", "fill", "one_hot", "reduce_argmax",
         "reduce_argmin", "split", "topk", "einsum",
         "constexpr_affine_dequantize", "constexpr_blockwise_shift_scale", "constexpr_lut_to_dense", "constexpr_cast",
+        "constexpr_sparse_to_dense", "constexpr_lut_to_sparse", "constexpr_sparse_blockwise_shift_scale",
     }  # fmt: skip
     assert set(OPERATIONS) == set(FLOAT) | elsewhere
