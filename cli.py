@@ -40,7 +40,9 @@ Json = Annotated[bool, typer.Option("--json", help="Put one JSON document on std
 Runs = Annotated[Path, typer.Option(help="Folder that holds run folders.")]
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one: minilm, smollm2.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads of each worker.")]
-To = Annotated[str, typer.Option("--to", help="FORMAT:QUANTISATION, several with commas: onnx:int8,gguf:q4_k_m.")]
+To = Annotated[
+    str, typer.Option("--to", help="FORMAT:QUANTISATION or FORMAT@SIZE, several with commas: onnx:int8,gguf@60MB.")
+]
 
 _debug = False
 

@@ -21,6 +21,7 @@ from .stages import Observer, RunFolder
 
 if TYPE_CHECKING:
     from .checkpoints import ModelFolder
+    from .data import Split
 
 __all__ = [
     "BenchRequest",
@@ -142,7 +143,7 @@ def export_verified(request: ExportRequest, observer: Observer) -> ExportResult:
     recipe = Recipe(
         name="export",
         teacher=TeacherConfig(source=str(request.model.resolve())),
-        data=DataConfig(text=(_fitting(request.text),) if request.text else ()),
+        data=DataConfig(text=(_fitting(request.text, _splits(request.to)),) if request.text else ()),
         export=tuple(_variant(to, request) for to in request.to),
         bench=BenchConfig(threads=request.threads, tokens=1024, examples=_EXAMPLES),
     )
@@ -219,13 +220,18 @@ def _texts(path: Path | None) -> tuple[str, tuple[str, ...]]:
     return config.name, load_data(DataConfig(text=(config,)), base=Path.cwd()).text[0].test
 
 
-def _fitting(path: Path) -> TextConfig:
+def _splits(to: tuple[str, ...]) -> tuple[Split, ...]:
+    """A size needs text to choose the types by, beside that which the result is judged on."""
+    return ("test", "calibration", "dev") if any("@" in one for one in to) else ("test",)
+
+
+def _fitting(path: Path, splits: tuple[Split, ...] = ("test",)) -> TextConfig:
     """``_EXAMPLES`` of a text given on the command line, or as many as it has: a short file is better than none."""
     from .data import load_data
 
     counts = (_EXAMPLES, 32, 16, 8, 4, 2, 1)
     for count in counts:
-        config = text_config(path, test=count)
+        config = text_config(path, **dict.fromkeys(splits, count))
         try:
             load_data(DataConfig(text=(config,)), base=Path.cwd())
         except BadInput:

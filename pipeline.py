@@ -34,6 +34,7 @@ from .distillation import check_comparable, latency_cost, make_start
 from .errors import EdgestillError, MissingDependency, ResourceExhausted, UsageError, nearest
 from .files import atomic_write, hash_json
 from .judging import Judge, Subjects
+from .quantisation import Budget
 from .recipe import DistillConfig, ExportConfig, Recipe, find_recipe, load_recipe
 from .recipe_text import dump_recipe
 from .stages import Observer, RunFolder
@@ -365,16 +366,16 @@ class Run:
     def _export(
         self, teacher: ModelFolder, student: ModelFolder, data: DataSets
     ) -> list[tuple[ExportConfig, Artifact]]:
-        calibration = data.split("calibration")
+        calibration, dev = data.split("calibration"), data.split("dev")
         made = []
         for config in self.recipe.export:
             source = teacher if config.of == "teacher" else student
             with self._not_stopping_the_others(config.variant):
-                made.append((config, self._export_one(config, source, teacher, calibration)))
+                made.append((config, self._export_one(config, source, teacher, calibration, dev)))
         return made
 
     def _export_one(
-        self, config: ExportConfig, source: ModelFolder, teacher: ModelFolder, calibration: list[str]
+        self, config: ExportConfig, source: ModelFolder, teacher: ModelFolder, calibration: list[str], dev: list[str]
     ) -> Artifact:
         from .export import export
 
@@ -387,11 +388,13 @@ class Run:
             "config": config.model_dump(mode="json", exclude={"app"}),
             "calibration": hash_json(calibration), "lineage": lineage,
         }  # fmt: skip
+        if isinstance(config.parsed, Budget):  # the only kind that looks at it
+            inputs["dev"] = hash_json(dev)
 
         def action() -> Mapping[str, Any]:
             artifact = export(
-                source.path, self.folder / "artifacts" / variant, config, calibration=calibration, lineage=lineage,
-                progress=self.progress,
+                source.path, self.folder / "artifacts" / variant, config, calibration=calibration, dev=dev,
+                work=self.folder / "work/sensitivities", lineage=lineage, progress=self.progress,
             )  # fmt: skip
             note = f"{artifact.model_bytes / 1e6:.1f} MB, {artifact.manifest.contents}"
             return {"artifact_id": artifact.manifest.artifact_id, "note": note}

@@ -21,6 +21,7 @@ from .errors import EdgestillError
 from .fetch import find_cached
 from .inspection import Inspection, inspect_model
 from .loss_names import LOSS_NAMES, parse_loss
+from .quantisation import Budget
 from .quantisation_coreml import CoremlQuantisation
 from .recipe import DistillConfig, ExportConfig, Recipe, find_recipe, load_recipe
 from .recipe_teaching import ExtraTeacherConfig
@@ -253,7 +254,12 @@ class _Draft:
             size = None
             if self.model is not None:
                 teacher, student = self._parameters()
-                size = _bytes_per_weight(config) * (teacher if config.of == "teacher" else student)
+                weights = teacher if config.of == "teacher" else student
+                parsed = config.parsed
+                if isinstance(parsed, Budget):
+                    size = min(float(parsed.budget_bytes), 4.0 * weights)
+                else:
+                    size = _bytes_per_weight(config) * weights
             rows.append(PlanVariant(config.variant, config.of, size))
         return tuple(rows)
 

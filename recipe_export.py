@@ -16,7 +16,8 @@ class ExportConfig(Strict):
     """`[[export]]`: one artifact."""
 
     to: str
-    """`FORMAT:QUANTISATION`, e.g. `onnx:int4`, `gguf:q4_k_m`, `coreml:int8`."""
+    """`FORMAT:QUANTISATION`, e.g. `onnx:int4`, `gguf:q4_k_m`, `coreml:int8`; or `FORMAT@SIZE`, e.g. `gguf@60MB`: the
+    types are chosen tensor by tensor, by what each costs, so that the model fits."""
     name: Name | None = None
     """folder name; by default `FORMAT-QUANTISATION`."""
     of: Literal["student", "teacher"] = "student"
@@ -84,15 +85,15 @@ class ExportConfig(Strict):
     @property
     def format(self) -> str:
         """`onnx`, `gguf` or `coreml`."""
-        return self.to.partition(":")[0]
+        return self.parsed.format
 
     @property
     def quantisation(self) -> str:
-        """What comes after the colon."""
-        return self.to.partition(":")[2]
+        """What comes after the colon, or the size after the `@`."""
+        return self.parsed.name
 
     @property
     def variant(self) -> str:
         """The artifact's folder name."""
-        form = self.to.replace(":", "-") + ("-ort" if self.ort else "")
+        form = f"{self.format}-{self.quantisation}" + ("-ort" if self.ort else "")
         return self.name or ("" if self.of == "student" else "teacher-") + form

@@ -34,7 +34,7 @@ Addresses (`source`), each checked against its `sha256` when one is given, downl
 | `hf:org/name@commit` | a snapshot of a model or data set on a hub, pinned to a commit |
 | `file:path` or a plain path | on this machine, relative to the recipe |
 
-What `to` can be: {variants}.
+What `to` can be: {variants}; or a size, `gguf@60MB`, `onnx@60MB`, `coreml@60MB` (MB, GB, MiB or GiB).
 """
 
 

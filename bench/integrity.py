@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..artifact import Artifact
 from ..errors import EdgestillError, MissingDependency, Unsupported
-from .limits import GridLimit, grid_limit
+from .limits import GridLimit, compensated_limit, grid_limit, is_budget
 from .records import Check
 from .runtime_tokenizer import runtime_tokens
 
@@ -120,12 +120,13 @@ def check_weights(artifact: Artifact, payload: Any, student: Path, *, complete: 
     first = problems[0][0] if problems else None
     checks = [_check("weight_map", not problems, float(len(problems)), 0.0, "parameters", reason, first)]
     worst, worst_name, broken, why = 0.0, "", "", ""
+    compensated = is_budget(artifact.manifest.quantisation)
     with _student_weights(student / WEIGHTS_FILE) as weights:
         for tensor in tensors:
             name = folder.embeddings_path if tensor.name == head and head not in header else tensor.name
             if name not in header:
                 continue
-            problem, share = _judge(payload, tensor, weights.get_tensor(name), name in folder.turned)
+            problem, share = _judge(payload, tensor, weights.get_tensor(name), name in folder.turned, compensated)
             if share > worst:
                 worst, worst_name = share, tensor.name
             if share > 1 and not broken:
@@ -138,14 +139,17 @@ def check_weights(artifact: Artifact, payload: Any, student: Path, *, complete: 
     return checks
 
 
-def weight_error(grid: str, weight: Floats, decoded: Floats) -> WeightError:
-    """``decoded`` against ``weight`` (same shape), by the limits of ``grid``.
+def weight_error(grid: str, weight: Floats, decoded: Floats, *, compensated: bool = False) -> WeightError:
+    """``decoded`` against ``weight`` (same shape), by the limits of ``grid``; wider ones where codes are
+    ``compensated`` (:func:`.limits.compensated_limit`).
 
     Raises :class:`Unsupported` for an unknown grid.
     """
     limit = grid_limit(grid)
     if limit is None:
         raise Unsupported(f"no rounding bound is known for the grid {grid!r}", hint="is it a newer artifact?")
+    if compensated:
+        limit = compensated_limit(limit)
     wide, near = weight.astype(np.float64), decoded.astype(np.float64)
     error = np.abs(near - wide)
     if not np.isfinite(error).all():
@@ -264,7 +268,7 @@ def _plain(tokenizer_class: Any, path: Path) -> Any:
     return tokenizer
 
 
-def _judge(payload: Any, tensor: Any, weight: Floats, turned: bool) -> tuple[str, float]:
+def _judge(payload: Any, tensor: Any, weight: Floats, turned: bool, compensated: bool) -> tuple[str, float]:
     """What is wrong with one stored tensor, and its share of the bound. Blocks run along a linear layer's rows, also
     where the student has the matrix ``turned`` over."""
     if grid_limit(tensor.grid) is None:
@@ -278,7 +282,9 @@ def _judge(payload: Any, tensor: Any, weight: Floats, turned: bool) -> tuple[str
     shift = sum(int(step[1]) for step in tensor.layout if step[0] == "add")
     if shift:  # judged as it is stored: 1 + w is rounded at the size of 1, not of w
         weight, decoded = weight - np.float32(shift), decoded - np.float32(shift)
-    found = weight_error(tensor.grid, weight.T, decoded.T) if turned else weight_error(tensor.grid, weight, decoded)
+    if turned:
+        weight, decoded = weight.T, decoded.T
+    found = weight_error(tensor.grid, weight, decoded, compensated=compensated)
     return f"{found.what} is {min(found.worst, 1e9):.3g} times what {tensor.grid} allows", found.worst
 
 

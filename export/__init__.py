@@ -6,13 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import EdgestillError, UsageError
 from ..progress import Progress, silent
 
 if TYPE_CHECKING:
     from ..artifact import Artifact, Format
     from ..checkpoints import ModelFolder
+    from ..quantisation import Budget
     from ..recipe import ExportConfig
+    from .allocate_space import Chosen
     from .writer import Draft
+
+    Writer = Callable[[ModelFolder, Path, Sequence[str], Progress], Draft]
 
 __all__ = ["export"]
 
@@ -30,17 +35,23 @@ def export(
     config: ExportConfig,
     *,
     calibration: Sequence[str] = (),
+    dev: Sequence[str] = (),
+    types: Mapping[str, str] | None = None,
+    work: Path | None = None,
     lineage: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Artifact:
     """Write the model folder ``model`` as one artifact folder ``out``, in the format and quantisation of ``config``.
 
-    ``calibration`` are texts for an importance matrix, where the quantisation uses one. ``lineage`` is added to the
-    manifest's own (``model_id``, ``versions``). ``out`` appears whole or not at all, replacing what stood there; the
-    same model and config give the same bytes wherever the folders lie. An artifact is not yet a verified one:
-    :mod:`edgestill.bench.verify` judges it.
+    ``calibration`` are texts for an importance matrix, where the quantisation uses one. ``types`` gives parameters, by
+    their names in the model folder, other types of the same format. A size in place of a quantisation (``gguf@60MB``)
+    chooses all types (:mod:`.allocate`): by what each costs on ``calibration``, the whole judged on ``dev``, with what
+    was measured kept in the folder ``work``. ``lineage`` is added to the manifest's own (``model_id``, ``versions``).
+    ``out`` appears whole or not at all, replacing what stood there; the same model and config give the same bytes
+    wherever the folders lie. An artifact is not yet a verified one: :mod:`edgestill.bench.verify` judges it.
 
     Raises :class:`edgestill.errors.Unsupported` for a task or architecture that the format has no writer for,
+    :class:`edgestill.errors.UsageError` for a budget below the smallest possible size,
     :class:`edgestill.errors.BadInput` for a damaged model folder, :class:`edgestill.errors.MissingDependency` and
     :class:`edgestill.errors.ResourceExhausted`.
     """
@@ -48,13 +59,22 @@ def export(
     from ..artifact import Artifact, Manifest, seal_artifact, write_tensors
     from ..checkpoints import open_model
     from ..files import atomic_directory
+    from ..quantisation import Budget
     from . import writer
 
     folder = open_model(model)
     writer.check_room(out, 2 * folder.size_bytes + (64 << 20))
-    form, write = _writer(config.format)
+    budget = config.parsed
+    chosen: Chosen | None = None
+    if isinstance(budget, Budget):
+        from .allocate import allocate
+
+        if types:
+            raise UsageError(f"{config.to} chooses the types itself", hint="give a quantisation, or no types")
+        chosen = allocate(folder, config, budget, calibration=calibration, dev=dev, work=work, progress=progress)
+    form, write = _writer(config, types, chosen)
     with atomic_directory(out) as temporary:
-        draft = write(folder, temporary, config, calibration, progress)
+        draft = write(folder, temporary, calibration, progress)
         if config.ort:
             from .onnx_ort import write_ort
 
@@ -75,7 +95,7 @@ def export(
                 shapes=draft.shapes,
                 max_length=draft.max_length,
                 vocab_size=folder.vocab_size,
-                contents=draft.contents,
+                contents=chosen.note if chosen else draft.contents,
                 dtype_histogram=draft.dtype_histogram,
                 minimum_runtime=draft.minimum_runtime,
                 lineage={
@@ -92,18 +112,33 @@ def export(
                 labels=folder.labels,
             ),
         )
+        if isinstance(budget, Budget):
+            _check_size(sealed, budget)
     return Artifact(out, sealed.manifest)
 
 
-def _writer(form: str) -> tuple[Format, Callable[[ModelFolder, Path, ExportConfig, Sequence[str], Progress], Draft]]:
-    if form == "onnx":
-        from . import onnx
+def _check_size(artifact: Artifact, budget: Budget) -> None:
+    if artifact.model_bytes > budget.budget_bytes:
+        raise EdgestillError(
+            f"{budget.to}: the model came out at {artifact.model_bytes:,} bytes", hint="report this, with the model"
+        )
 
-        return "onnx", onnx.write
-    if form == "gguf":
+
+def _writer(config: ExportConfig, types: Mapping[str, str] | None, chosen: Chosen | None) -> tuple[Format, Writer]:
+    """The writer of a format, told what this artifact is to be."""
+    if config.format == "gguf":
         from . import gguf
 
-        return "gguf", gguf.write
+        if chosen is None:
+            return "gguf", lambda model, out, texts, tell: gguf.write(model, out, config, texts, tell, types=types)
+        plain = config.model_copy(update={"to": chosen.to, "name": config.variant})
+        return "gguf", lambda model, out, texts, tell: gguf.write(
+            model, out, plain, texts, tell, types=chosen.types, encode=chosen.encode
+        )
+    if config.format == "onnx":
+        from . import onnx
+
+        return "onnx", lambda model, out, texts, tell: onnx.write(model, out, config, texts, tell, types=types)
     from . import coreml
 
-    return "coreml", coreml.write
+    return "coreml", lambda model, out, texts, tell: coreml.write(model, out, config, texts, tell, types=types)

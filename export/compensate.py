@@ -17,7 +17,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Grid", "Rounding", "compensate", "output_error", "spread"]
+__all__ = ["Grid", "Prepared", "Rounding", "compensate", "output_error", "prepare", "spread"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -79,19 +79,38 @@ def spread(hessian: npt.NDArray[np.floating], damping: float = DAMPING) -> Float
     return np.ascontiguousarray(np.linalg.cholesky((inverse + inverse.T) / 2).T, np.float32)
 
 
-def compensate(weight: Floats, hessian: npt.NDArray[np.floating], grid: Grid[R], *,
+@dataclass(frozen=True)
+class Prepared:
+    """What :func:`compensate` makes of a Hessian first, for several calls: blocks in their ``order``, and ``upper``."""
+
+    width: int
+    order: npt.NDArray[np.int64]
+    upper: Floats
+
+
+def prepare(hessian: npt.NDArray[np.floating], width: int, damping: float = DAMPING) -> Prepared:
+    """For grids with blocks of ``width``. They are taken in the order of falling importance, so that the errors of what
+    matters can still be made good."""
+    matrix = np.asarray(hessian)
+    order = np.argsort(-np.diag(matrix).reshape(-1, width).mean(axis=1), kind="stable")
+    places = (order[:, None] * width + np.arange(width)).reshape(-1)
+    return Prepared(width, order, spread(matrix[np.ix_(places, places)], damping))
+
+
+def compensate(weight: Floats, hessian: npt.NDArray[np.floating] | Prepared, grid: Grid[R], *,
                damping: float = DAMPING) -> Compensated[R]:  # fmt: skip
     """Round ``weight [rows, columns]`` onto ``grid`` with the least change of its outputs.
 
     ``hessian [columns, columns]`` are the second moments of its inputs, ``E[x xᵀ]``; a diagonal one gives plain
-    importance-weighted rounding. Blocks are taken in the order of falling importance, so that the errors of what
-    matters can still be made good. ``columns`` must be whole blocks.
+    importance-weighted rounding. ``columns`` must be whole blocks. Each row is rounded by itself.
     """
     rows, columns = weight.shape
     width = grid.width
-    order = _block_order(hessian, width)
+    ready = hessian if isinstance(hessian, Prepared) else prepare(hessian, width, damping)
+    if ready.width != width:
+        raise ValueError(f"prepared for blocks of {ready.width}, not {width}")
+    order, upper = ready.order, ready.upper
     places = (order[:, None] * width + np.arange(width)).reshape(-1)
-    upper = spread(np.asarray(hessian)[np.ix_(places, places)], damping)
     left = np.ascontiguousarray(weight.T[places], np.float32)  # [columns, rows], as it still has to be rounded
     importance = (1 / np.diag(upper).astype(np.float64) ** 2).astype(np.float32)
     decoded = np.empty_like(left)
@@ -119,11 +138,6 @@ def compensate(weight: Floats, hessian: npt.NDArray[np.floating], grid: Grid[R],
     back = np.empty_like(places)
     back[places] = np.arange(columns)
     return Compensated(np.ascontiguousarray(decoded[back].T), [block for block in blocks if block is not None])
-
-
-def _block_order(hessian: npt.NDArray[np.floating], width: int) -> npt.NDArray[np.int64]:
-    means = np.diag(hessian).reshape(-1, width).mean(axis=1)
-    return np.argsort(-means, kind="stable")
 
 
 def output_error(change: Floats, hessian: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ..errors import Unsupported
 from ..ggml_grids import IQ4_VALUES, ggml_grid
-from .compensate import DAMPING, compensate
+from .compensate import DAMPING, Prepared, compensate, prepare
 from .compensate_ggml_pack import pack
 from .compensate_scales import fit_affine, fit_symmetric, nearest_code
 
@@ -168,12 +168,14 @@ def layout_of(grid: str) -> GgmlLayout:
     return _LAYOUTS[grid]
 
 
-def encode_ggml(grid: str, weight: Floats, hessian: npt.NDArray[np.floating], damping: float = DAMPING) -> Bytes:
+def encode_ggml(
+    grid: str, weight: Floats, hessian: npt.NDArray[np.floating] | Prepared, damping: float = DAMPING
+) -> Bytes:
     """``weight [rows, columns]`` in GGML type ``grid``, bytes ``[rows, bytes of a row]``, with each error made good
     where the inputs' second moments ``hessian [columns, columns]`` say that it counts."""
     layout = layout_of(grid)
+    ready = hessian if isinstance(hessian, Prepared) else prepare(hessian, layout.width, damping)
     parts: Sequence[Bytes] = [
-        pack(grid, compensate(weight[at : at + _ROWS], hessian, layout, damping=damping).blocks)
-        for at in range(0, len(weight), _ROWS)
+        pack(grid, compensate(weight[at : at + _ROWS], ready, layout).blocks) for at in range(0, len(weight), _ROWS)
     ]
     return np.concatenate(parts)

@@ -19,6 +19,7 @@ from ..quantisation_gguf import FILE_TYPES, parse
 from ..runtimes.ggml_api import quantise_rows
 from ..runtimes.gguf_file import GgufFile, GgufTensor
 from ..runtimes.llamacpp_api import engine, engine_version
+from .allocate_space import Encode
 from .gguf_layout import Placed, place, rope_factors
 from .gguf_metadata import Metadata, kv_cache_bytes_per_token, model_metadata
 from .gguf_tokenizer import tokenizer_metadata
@@ -48,13 +49,15 @@ def write(
     progress: Progress,
     *,
     types: Mapping[str, str] | None = None,
+    encode: Encode | None = None,
 ) -> Draft:
     """Write ``model`` as ``folder/model.gguf`` in one of :data:`edgestill.quantisation_gguf.FILE_TYPES`.
 
     The file is the one that ``llama_model_quantize`` would make of the float32 model, byte for byte, but made piece by
     piece with GGML's own quantisers. ``types`` gives parameters, by name, another grid (``"q5_k"``, ``"iq4_xs"``):
-    they get exactly that one. Raises :class:`edgestill.errors.Unsupported` for what llama.cpp can't run (architecture,
-    head, activation, tokenizer), :class:`edgestill.errors.UsageError` for a wrong entry in ``types``,
+    they get exactly that one, and with ``encode`` their bytes come from there. Raises
+    :class:`edgestill.errors.Unsupported` for what llama.cpp can't run (architecture, head, activation, tokenizer),
+    :class:`edgestill.errors.UsageError` for a wrong entry in ``types``,
     :class:`edgestill.errors.BadInput` for weights that are not finite, and
     :class:`edgestill.errors.MissingDependency` without ``llama-cpp-python``.
     """
@@ -72,7 +75,7 @@ def write(
         for key in ("general.quantization_version", "general.file_type"):
             metadata[key] = metadata.pop(key)
     target = folder / _ENTRY
-    _write_tensors(target, model, metadata, placed, grids, weights, kind.base, config.variant, progress)
+    _write_tensors(target, model, metadata, placed, grids, weights, kind.base, config.variant, progress, encode)
     with GgufFile(target) as written:
         histogram = written.histogram()
         _check_types(written, grids)
@@ -115,6 +118,7 @@ def _write_tensors(
     file_type: str,
     variant: str,
     progress: Progress,
+    encode: Encode | None,
 ) -> None:
     sources = {item.stored: item for item in placed}
     factors = rope_factors(model) if model.task == "text-generation" else None
@@ -131,18 +135,21 @@ def _write_tensors(
             yield factors
             return
         item, grid = sources[name], grids[name]
-        if needs_importance(name, grid, file_type):
+        own = encode if grid not in FLOATS else None
+        if own is None and needs_importance(name, grid, file_type):
             raise Unsupported(f"{item.name} in {grid} needs an importance matrix", hint="give calibration texts")
         for piece in item.pieces(weights.rows, _PIECE_VALUES):
-            yield _encode(item.name, grid, piece, threads)
+            yield _encode(item.name, grid, piece, threads, own)
 
     write_gguf(path, metadata, [slots[name] for name in order], read)
 
 
-def _encode(name: str, grid: str, piece: Floats, threads: int) -> npt.NDArray[Any]:
+def _encode(name: str, grid: str, piece: Floats, threads: int, own: Encode | None) -> npt.NDArray[Any]:
     """The stored bytes of some rows of the parameter ``name``."""
     if not np.isfinite(piece).all():
         raise BadInput(f"{name} holds NaN or infinite weights", hint="train or convert the model again")
+    if own is not None:
+        return own(name, grid, piece)
     if grid == "f32":
         return np.ascontiguousarray(piece, "<f4")
     if grid == "f16":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from edgestill.quantisation import QUANTISATIONS, parse_quantisation
+from edgestill.quantisation import QUANTISATIONS, Budget, parse_quantisation
+from edgestill.recipe import ExportConfig
 
 NAMES = [f"{form}:{name}" for form, names in QUANTISATIONS.items() for name in names]
 
@@ -46,4 +47,28 @@ def test_two_spellings_of_an_onnx_quantisation_are_one(text: str, name: str) -> 
 )  # fmt: skip
 def test_an_option_that_means_nothing_is_refused(to: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        parse_quantisation(to)
+
+
+@pytest.mark.parametrize(
+    ("to", "canonical", "size"),
+    [
+        ("gguf@60MB", "gguf@60MB", 60_000_000), ("onnx@0.06 gb", "onnx@60MB", 60_000_000),
+        ("coreml@60MiB", "coreml@60MiB", 62_914_560), ("gguf@62.91456MB", "gguf@60MiB", 62_914_560),
+        ("gguf@2GiB", "gguf@2048MiB", 1 << 31), ("gguf@1.5MB", "gguf@1.5MB", 1_500_000),
+        ("gguf@1048.576MB", "gguf@1000MiB", 1_048_576_000),
+    ],
+)  # fmt: skip
+def test_a_size_in_place_of_a_type(to: str, canonical: str, size: int) -> None:
+    parsed = parse_quantisation(to)
+    assert isinstance(parsed, Budget)
+    assert (parsed.to, parsed.budget_bytes, parsed.base) == (canonical, size, "budget")
+    assert parse_quantisation(parsed.to) == parsed
+    assert ExportConfig(to=to).variant == canonical.replace("@", "-")
+
+
+@pytest.mark.parametrize("to", ["gguf@", "gguf@60", "gguf@60KB", "gguf@0MB", "gguf@-1MB", "gguf@1e3MB", "gguf@0.6x",
+                                "gguf@9999999GB", "gguf:q4_0@60MB"])  # fmt: skip
+def test_what_is_not_a_size_is_refused(to: str) -> None:
+    with pytest.raises(ValueError, match=r"size|q4_0"):
         parse_quantisation(to)

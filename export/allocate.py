@@ -1,0 +1,192 @@
+"""A model in a given number of bytes: which tensor gets which type, by what each is measured to cost.
+
+1. The moments of what goes into each product, on calibration text (:mod:`.moments`).
+2. What each tensor costs in each type (:mod:`.sensitivity`), kept as JSON and used again for other budgets.
+3. The types with the least sum of costs that fit, exactly (:mod:`.allocate_choice`).
+4. Costs do not quite add up, so choices by sharper and by flatter costs are made too, and all are judged as whole
+   models on dev text; the best one is written. The test text is never seen.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bench.reference import Inputs, encode_texts, window_texts
+from ..bench.sample_text import SAMPLE_TEXT
+from ..errors import BadInput, Unsupported, UsageError
+from ..files import hash_json
+from ..progress import Progress, silent
+from .allocate_choice import Option, choose, largest, smallest
+from .allocate_space import Chosen, Space
+from .sensitivity import Ruler, Sensitivities, sensitivities
+
+if TYPE_CHECKING:
+    from ..checkpoints import ModelFolder
+    from ..quantisation import Budget
+    from ..recipe import ExportConfig
+
+__all__ = ["Allocation", "allocate", "pick"]
+
+Floats = npt.NDArray[np.float32]
+
+# Tokens: for the moments, for the cost of one tensor, for the choice between whole models. Texts of other tasks.
+_MOMENT_TOKENS, _COST_TOKENS, _DEV_TOKENS, _WINDOW = 6144, 512, 1024, 128
+_MOMENT_TEXTS, _COST_TEXTS, _DEV_TEXTS = 256, 32, 64
+# Costs to these powers: as measured, flatter (errors that come together hide each other), sharper.
+_POWERS = (1.0, 0.8, 1.25)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The types of a model that is to take ``size_bytes``: their predicted divergence (the sum of all costs) and that
+    of the whole model on dev text, in nats a token (1 − cosine for embeddings)."""
+
+    types: Mapping[str, str]
+    size_bytes: int
+    predicted: float
+    on_dev: float
+
+
+def allocate(
+    model: ModelFolder,
+    config: ExportConfig,
+    budget: Budget,
+    *,
+    calibration: Sequence[str],
+    dev: Sequence[str],
+    work: Path | None = None,
+    progress: Progress = silent,
+) -> Chosen:
+    """What the writer of ``config.format`` is told so that the model takes at most ``budget``.
+
+    Without ``calibration`` or ``dev`` texts a few built-in sentences stand in, which ``contents`` says. ``work`` keeps
+    the sensitivities. Raises :class:`UsageError` with the smallest possible size when the budget is too small, and
+    :class:`Unsupported` for a format whose writer takes no types.
+    """
+    if config.format != "gguf":
+        raise Unsupported(
+            f"{budget.to}: types are not chosen for {config.format} yet",
+            hint=f"export to gguf@{budget.name}, or name a type: {config.format}:int8",
+        )
+    from ..checkpoints import load_torch
+    from .allocate_gguf import GgufSpace
+    from .moments import input_moments
+
+    built_in = not calibration or not dev
+    calibration = list(calibration) or list(SAMPLE_TEXT[::2])
+    dev = list(dev) or list(SAMPLE_TEXT[1::2])
+    # What can't be done is found before the work that takes minutes.
+    empty = GgufSpace(model, config, {})
+    if not empty.tensors:
+        raise Unsupported(f"{budget.to}: no tensor has rows that a quantised type can take", hint="export to gguf:f16")
+    room = budget.budget_bytes - empty.overhead_bytes()
+    _check_room(empty, budget, room)
+    module = load_torch(model.path)
+    root = module.encoder if model.task == "feature-extraction" else module
+    texts = _inputs(model, calibration, _MOMENT_TOKENS, _MOMENT_TEXTS)
+    moments = input_moments(module, root, model.task, texts, progress=progress)
+    space = GgufSpace(model, config, moments)
+
+    def ruler(on: Sequence[str], tokens: int, count: int) -> Ruler:
+        return Ruler(module, root, model.layers_path, model.task, _inputs(model, on, tokens, count))
+
+    costs = sensitivities(
+        work, {"model_id": model.model_id, "format": config.format, "text_sha256": hash_json(calibration)}, space,
+        lambda: ruler(calibration, _COST_TOKENS, _COST_TEXTS), moments, progress,
+    )  # fmt: skip
+    judge = ruler(dev, _DEV_TOKENS, _DEV_TEXTS)
+    found = pick(costs, room, lambda types: judge.distance(_decoded(space, judge, types)), progress)
+    return space.chosen(found.types, _note(model, budget, found, costs, room, built_in))
+
+
+def _check_room(space: Space, budget: Budget, room: int) -> None:
+    sizes = {
+        tensor.name: [Option(type_, space.size_bytes(tensor, type_), 0.0) for type_ in tensor.types]
+        for tensor in space.tensors
+    }
+    least = smallest(sizes)
+    if least > room:
+        size = budget.budget_bytes - room + least
+        raise UsageError(
+            f"{budget.to} is too small: with the smallest types this model takes {size / 1e6:.2f} MB",
+            hint=f"{budget.format}@{-(-size // 10**5) / 10:g}MB or more, or a smaller student",
+        )
+
+
+def pick(
+    costs: Sensitivities, room: int, judge: Callable[[Mapping[str, str]], float], progress: Progress = silent
+) -> Allocation:
+    """The best of a few choices that fit into ``room`` bytes, by ``judge``, which tells how far a model is off."""
+    tried: dict[tuple[str, ...], Allocation] = {}
+    for number, power in enumerate(_POWERS):
+        options = {
+            name: [Option(type_, cost.size_bytes, cost.loss**power) for type_, cost in each.items()]
+            for name, each in costs.items()
+        }
+        choice = choose(options, room)
+        types = {name: option.type for name, option in choice.items()}
+        key = tuple(types.values())
+        if key in tried:
+            continue
+        progress("choosing the types", number / len(_POWERS))
+        tried[key] = Allocation(
+            types,
+            sum(option.size_bytes for option in choice.values()),
+            sum(costs[name][type_].loss for name, type_ in types.items()),
+            0.0,
+        )
+    if len(tried) > 1 or room < largest(_options(costs)):
+        tried = {key: replace(one, on_dev=judge(one.types)) for key, one in tried.items()}
+    return min(tried.values(), key=lambda one: (one.on_dev, one.size_bytes))
+
+
+def _options(costs: Sensitivities) -> dict[str, list[Option]]:
+    return {
+        name: [Option(type_, cost.size_bytes, cost.loss) for type_, cost in each.items()]
+        for name, each in costs.items()
+    }
+
+
+def _decoded(space: Space, ruler: Ruler, types: Mapping[str, str]) -> dict[str, Floats]:
+    tensors = {tensor.name: tensor for tensor in space.tensors}
+    return {
+        name: space.decoded(tensors[name], type_, ruler.parameters[name].detach().numpy().copy())
+        for name, type_ in types.items()
+    }
+
+
+def _note(
+    model: ModelFolder, budget: Budget, found: Allocation, costs: Sensitivities, room: int, built_in: bool
+) -> str:
+    """``"60MB budget: 30 q5_0, 12 iq4_nl of 42 matrices, chosen by …"``."""
+    counts = Counter(found.types.values())
+    unit = "1 - cosine" if model.task == "feature-extraction" else "nats"
+    listed = ", ".join(
+        f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    )
+    note = f"{budget.name} budget: {listed} of {len(found.types)} matrices, rounded with compensation"
+    if found.size_bytes >= largest(_options(costs)) and room >= found.size_bytes:
+        note += "; the budget is larger than the best types need"
+    else:
+        note += f"; {found.on_dev:.2g} {unit} on dev text ({found.predicted:.2g} predicted)"
+    return note + ("; calibrated on built-in sentences" if built_in else "")
+
+
+def _inputs(model: ModelFolder, texts: Sequence[str], tokens: int, count: int) -> Inputs:
+    from ..checkpoints import load_tokenizer
+
+    tokenizer: Any = load_tokenizer(model.path)
+    if model.task == "text-generation":
+        try:
+            return window_texts(tokenizer, texts, window=min(_WINDOW, model.max_length), limit=tokens)
+        except BadInput as error:
+            raise BadInput(error.message, hint="give longer `calibration` and `dev` texts") from None
+    length = min(_WINDOW, model.max_length)
+    return encode_texts(tokenizer, texts[:count], max_length=length, prefix=model.prompt_prefix)
