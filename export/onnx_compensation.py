@@ -27,15 +27,16 @@ _DAMPING = 0.01
 _PANEL = 128  # columns whose updates are kept back and then applied at once: a matrix product instead of many
 
 
-def fit(weight: Floats, kind: Kind, block: int, moment: Floats | None) -> Affine:
+def fit(weight: Floats, kind: Kind, block: int, moment: Floats | None, *, most: float | None = None) -> Affine:
     """Codes for ``weight [N, K]``, ``K`` a multiple of ``block``, as ``kind.fit`` says; without a ``moment [k, k]``
-    (``k <= K``, the rest is padding) the search alone."""
+    (``k <= K``, the rest is padding) the search alone. ``most`` is the largest magnitude of the tensor, where
+    ``weight`` is some rows of it: without a moment, the codes of its parts are those of the whole."""
     wide = importance = None
     if moment is not None:
         wide = np.zeros((weight.shape[1],) * 2, np.float64)
         wide[: len(moment), : len(moment)] = moment
         importance = np.diag(wide).astype(np.float32)
-    half = kind.half_scales and _in_half(weight, kind)
+    half = kind.half_scales and _in_half(float(np.abs(weight).max(initial=0.0)) if most is None else most, kind)
     shrinks = _WHOLE if kind.bits == 8 or kind.fit == "nearest" else _SHRINKS
     found = search(
         weight, bits=kind.bits, block=block, symmetric=kind.symmetric, importance=importance, half=half, shrinks=shrinks
@@ -43,9 +44,8 @@ def fit(weight: Floats, kind: Kind, block: int, moment: Floats | None) -> Affine
     return found if wide is None else compensate(weight, wide, found)
 
 
-def _in_half(weight: Floats, kind: Kind) -> bool:
+def _in_half(most: float, kind: Kind) -> bool:
     """Rounding a scale to float16 moves no weight by more than half a step of the tensor's coarsest block."""
-    most = float(np.abs(weight).max(initial=0.0))
     return most / (1 << kind.bits) > 2**-18 and most < 60_000
 
 

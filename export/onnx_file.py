@@ -9,6 +9,7 @@ documentation; field numbers: onnx.proto.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,13 +89,24 @@ class Spool:
 
     def add(self, name: str, array: npt.NDArray[Any]) -> str:
         """Append a tensor (little-endian, C order) and return its name; a name is used once."""
+        return self.stream(name, array.dtype, array.shape, [array])
+
+    def stream(
+        self, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...], pieces: Iterable[npt.NDArray[Any]]
+    ) -> str:
+        """Append a tensor that comes in ``pieces`` of its values in C order: memory follows the largest piece."""
         if name in self._entries:
             raise ValueError(f"tensor {name!r} is stored twice")
-        array = np.asarray(array, order="C")
+        kind = np.dtype(dtype)
+        size = math.prod(shape) * kind.itemsize
         self._stream.write(b"\0" * (-self._stream.tell() % _ALIGN))
-        entry = _Entry(name, array.dtype.name, array.shape, self._stream.tell(), array.nbytes)
-        self._stream.write(array.astype(array.dtype.newbyteorder("<"), copy=False).data if array.size else b"")
-        self._entries[name] = entry
+        start = self._stream.tell()
+        for piece in pieces:
+            ready = np.asarray(piece, kind.newbyteorder("<"), order="C")
+            self._stream.write(ready.data if ready.size else b"")
+        if self._stream.tell() - start != size:
+            raise ValueError(f"tensor {name!r} came as {self._stream.tell() - start} bytes, {size} are {shape}")
+        self._entries[name] = _Entry(name, kind.name, tuple(shape), start, size)
         return name
 
     def dtype(self, name: str) -> str:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..artifact import StoredTensor
-from ..grids import quantise_affine
+from ..errors import Unsupported
+from ..grids import Affine, quantise_affine
 from .onnx_compensation import fit
 from .onnx_file import Spool
 from .onnx_schemes import Kind, Role, Scheme, names_with
-from .writer import Weights
+from .writer import PIECE_VALUES, Weights
 
 if TYPE_CHECKING:
     from .onnx_moments import Moments
@@ -107,7 +108,7 @@ class Graph:
         stored = names[0] if len(names) == 1 else f"{names[0]}+{len(names) - 1}"
         if stored not in self._spool:
             parts = [self.weights[name] for name in names]
-            self._spool.add(stored, np.concatenate(parts).astype(dtype))
+            self._spool.add(stored, _as(dtype, np.concatenate(parts), names[0]))
             self._record(names, [len(part) for part in parts], stored, dtype, ())
         return stored
 
@@ -142,7 +143,9 @@ class Graph:
             y = self.op("FusedMatMul", x, names[0], name=f"{label}.matmul", domain=MICROSOFT, transB=1)
         else:
             merged, rows = self._merge(names)
-            self._spool.add(stored, merged.T.astype(dtype))
+            step = max(1, PIECE_VALUES // len(merged))
+            columns = (merged[:, at : at + step].T for at in range(0, merged.shape[1], step))
+            self._spool.stream(stored, dtype, merged.shape[::-1], (_as(dtype, part, names[0]) for part in columns))
             self._record(names, rows, stored, dtype, (("transpose",),))
             y = self.op("MatMul", x, stored, name=f"{label}.matmul")
         return self.op("Add", y, self.bias(biases, dtype), name=f"{label}.add") if biases else y
@@ -198,10 +201,11 @@ class Graph:
             return self.op("Slice", rows, *(self.constant([v]) for v in (0, width, 2)), name=f"{name}.cut")
         if name not in self._spool:
             dtype = "float16" if self.scheme.half else "float32"
-            self._spool.add(name, self.weights[name].astype(dtype))
+            rows = (_as(dtype, part, name) for part in self.weights.pieces(name))
+            self._spool.stream(name, dtype, self.weights.shape(name), rows)
             self.tensors.append(StoredTensor(name, name, dtype))
-        rows = self.op("Gather", name, ids, name=f"{name}.gather")
-        return self.cast(rows, "float32") if self.scheme.half else rows
+        taken = self.op("Gather", name, ids, name=f"{name}.gather")
+        return self.cast(taken, "float32") if self.scheme.half else taken
 
     def _embed_rows(self, ids: str, name: str, kind: Kind) -> str:
         """A table whose zero points are packed a row: codes are looked at as ``[N, bytes of a row]``."""
@@ -226,24 +230,43 @@ class Graph:
         stored = f"{self._merged_name(names)}.int{kind.bits}-b{block}"
         scales, zeros = f"{stored}.scales", "" if kind.symmetric else f"{stored}.zeros"
         if stored not in self._spool:
-            merged, rows = self._merge(names)
             blocks = -(-k // block)
-            padded = np.pad(merged, ((0, 0), (0, blocks * block - k)))
-            moment = None
-            if kind.fit == "nearest" and not kind.half_scales:
-                grid = quantise_affine(padded, bits=kind.bits, block=block, symmetric=kind.symmetric)
-            else:
-                moment = self._moments.of(names[0]) if self._moments and kind.fit == "gptq" else None
-                grid = fit(padded, kind, block, moment)
-            self._spool.add(stored, pack_bits(grid.codes.reshape(n, blocks, block), kind.bits))
-            self._spool.add(scales, grid.scales.astype(np.float16) if _fits_half(grid.scales, kind) else grid.scales)
+            moment = self._moments.of(names[0]) if self._moments and kind.fit == "gptq" else None
+            steps: list[Floats] = []
+            middles: list[npt.NDArray[np.uint8]] = []
+
+            def codes() -> Iterator[npt.NDArray[np.uint8]]:
+                for grid in self._quantised(names, kind, block, moment):
+                    steps.append(grid.scales)
+                    middles.append(grid.zero_points)
+                    yield pack_bits(grid.codes.reshape(-1, blocks, block), kind.bits)
+
+            self._spool.stream(stored, np.uint8, (n, blocks, block * kind.bits // 8), codes())
+            found = np.concatenate(steps)
+            self._spool.add(scales, found.astype(np.float16) if _fits_half(found, kind) else found)
             if zeros:
-                self._spool.add(zeros, pack_bits(grid.zero_points, kind.bits))
+                self._spool.add(zeros, pack_bits(np.concatenate(middles), kind.bits))
             cut = () if blocks * block == k else (("slice", 1, 0, k),)
             grid_name = f"int{kind.bits}-b{block}{_suffix(kind, moment is not None)}"
+            rows = [self.weights.shape(name)[0] for name in names]
             self._record(names, rows, stored, grid_name, cut, scales, zeros or None)
         wide = self.cast(scales, "float32") if self._spool.dtype(scales) == "float16" else scales
         return stored, wide, zeros, (n, k, block)
+
+    def _quantised(self, names: Sequence[str], kind: Kind, block: int, moment: Floats | None) -> Iterator[Affine]:
+        """The codes of merged matrices, some rows at a time; with a ``moment`` of all rows at once."""
+        most: float | None = None
+        if kind.half_scales and moment is None:
+            parts = (part for name in names for part in self.weights.pieces(name))
+            most = max((float(np.abs(part).max(initial=0.0)) for part in parts), default=0.0)
+        whole = [self._merge(names)[0]] if moment is not None else None
+        for piece in whole or (part for name in names for part in self.weights.pieces(name)):
+            rest = -piece.shape[1] % block
+            padded = np.pad(piece, ((0, 0), (0, rest))) if rest else piece
+            if kind.fit == "nearest" and not kind.half_scales:
+                yield quantise_affine(padded, bits=kind.bits, block=block, symmetric=kind.symmetric)
+            else:
+                yield fit(padded, kind, block, moment, most=most)
 
     def _merge(self, names: Sequence[str]) -> tuple[Floats, list[int]]:
         parts = [self.weights[name] for name in names]
@@ -274,6 +297,13 @@ def _suffix(kind: Kind, compensated: bool) -> str:
     if kind.fit == "gptq" and compensated:
         return "-gptq"
     return "-search" if kind.fit != "nearest" and kind.bits == 4 else ""
+
+
+def _as(dtype: str, values: Floats, name: str) -> npt.NDArray[Any]:
+    """``values`` of the parameter ``name`` in C order as float32 or float16, which must be able to hold them."""
+    if dtype == "float16" and values.size and np.abs(values).max() > np.finfo(np.float16).max:
+        raise Unsupported(f"{name} holds weights too large for fp16", hint="take fp32 or a quantised type")
+    return np.asarray(values, dtype, order="C")
 
 
 def _fits_half(scales: Floats, kind: Kind) -> bool:

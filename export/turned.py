@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..artifact import StoredTensor
-from .writer import Floats, Weights
+from .writer import PIECE_VALUES, Floats, Weights
 
 if TYPE_CHECKING:
     from ..checkpoints import ModelFolder
@@ -32,10 +32,18 @@ class LinearWeights(Weights):
         shape = super().shape(name)
         return shape[::-1] if name in self._turned else shape
 
-    def __getitem__(self, name: str) -> Floats:
-        """The parameter as float32, contiguous, ``[out, in]``."""
-        array = super().__getitem__(name)
-        return np.ascontiguousarray(array.T) if name in self._turned else array
+    def rows(self, name: str, begin: int = 0, end: int | None = None) -> Floats:
+        """Rows ``begin:end`` of ``[out, in]`` as float32, contiguous; of a turned parameter all are read."""
+        if name not in self._turned:
+            return super().rows(name, begin, end)
+        return np.ascontiguousarray(super().rows(name).T[begin:end])
+
+    def pieces(self, name: str, values: int = PIECE_VALUES) -> Iterator[Floats]:
+        """A turned parameter comes whole: it is a matrix of a layer, no table."""
+        if name in self._turned:
+            yield self.rows(name)
+        else:
+            yield from super().pieces(name, values)
 
     def mapped(self, tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
         """The weight map with one more step for turned parameters, to the shape that the folder has."""

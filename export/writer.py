@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
     from ..checkpoints import ModelFolder
     from ..recipe import ExportConfig
 
-__all__ = ["Draft", "Weights", "check_room", "context_length", "copy_companions", "versions"]
+__all__ = ["PIECE_VALUES", "Draft", "Weights", "check_room", "context_length", "copy_companions", "versions"]
 
 Floats = npt.NDArray[np.float32]
+
+PIECE_VALUES = 1 << 18
+"""What a writer holds of a large table at a time: the copies that quantising makes stay in the processor's cache."""
 
 # What an app needs beside the model, where the model folder has it.
 COMPANIONS = (
@@ -95,11 +99,24 @@ class Weights:
         return self.rows(name)
 
     def rows(self, name: str, begin: int = 0, end: int | None = None) -> Floats:
-        """Rows ``begin:end`` of the parameter as float32, contiguous: memory follows them, not the file."""
+        """Rows ``begin:end`` of the parameter as float32, contiguous: memory follows them, not the file.
+
+        Raises :class:`BadInput` for NaN and infinity.
+        """
         path, _ = self._find(name)
         if path not in self._readers:
             self._readers[path] = RowReader(path)
-        return self._readers[path].rows(name, begin, end)
+        values = self._readers[path].rows(name, begin, end)
+        if values.size and not np.isfinite([values.min(), values.max()]).all():  # NaN comes through both
+            raise BadInput(f"{name} holds NaN or infinite weights", hint="train or convert the model again")
+        return values
+
+    def pieces(self, name: str, values: int = PIECE_VALUES) -> Iterator[Floats]:
+        """The parameter's rows from the first to the last, as many at a time as hold about ``values`` numbers."""
+        rows, *rest = self.shape(name)
+        step = max(1, values // max(1, math.prod(rest)))
+        for begin in range(0, rows, step):
+            yield self.rows(name, begin, begin + step)
 
     def _slice(self, name: str) -> Any:
         return self._find(name)[1].get_slice(name)

@@ -48,3 +48,14 @@ def test_constants_are_kept_once_and_names_are_used_once(tmp_path: Path) -> None
         spool.add("w", np.zeros(3, np.float32))
     spool.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tensor_comes_in_pieces_and_must_be_complete(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    whole = np.arange(12, dtype=np.float32).reshape(4, 3)
+    spool.stream("w", np.float32, (4, 3), (whole[at : at + 3] for at in (0, 3)))
+    with pytest.raises(ValueError, match="came as 24 bytes, 48 are"):
+        spool.stream("short", np.float32, (4, 3), [whole[:2]])
+    spool.write(_shell(), tmp_path / "model.onnx")
+    (tensor,) = onnx.load(tmp_path / "model.onnx").graph.initializer
+    np.testing.assert_array_equal(numpy_helper.to_array(tensor), whole)
