@@ -201,11 +201,11 @@ class Graph:
             return self.op("Slice", rows, *(self.constant([v]) for v in (0, width, 2)), name=f"{name}.cut")
         if name not in self._spool:
             dtype = "float16" if self.scheme.half else "float32"
-            rows = (_as(dtype, part, name) for part in self.weights.pieces(name))
-            self._spool.stream(name, dtype, self.weights.shape(name), rows)
+            parts = (_as(dtype, part, name) for part in self.weights.pieces(name))
+            self._spool.stream(name, dtype, self.weights.shape(name), parts)
             self.tensors.append(StoredTensor(name, name, dtype))
-        taken = self.op("Gather", name, ids, name=f"{name}.gather")
-        return self.cast(taken, "float32") if self.scheme.half else taken
+        rows = self.op("Gather", name, ids, name=f"{name}.gather")
+        return self.cast(rows, "float32") if self.scheme.half else rows
 
     def _embed_rows(self, ids: str, name: str, kind: Kind) -> str:
         """A table whose zero points are packed a row: codes are looked at as ``[N, bytes of a row]``."""
