@@ -19,10 +19,12 @@ from .bench.metrics import find_metric
 from .doctor import doctor
 from .errors import EdgestillError
 from .fetch import find_cached
+from .grids import ggml_grid
 from .inspection import Inspection, inspect_model
 from .loss_names import LOSS_NAMES, parse_loss
 from .quantisation import Budget
 from .quantisation_coreml import CoremlQuantisation
+from .quantisation_gguf import FILE_TYPES
 from .recipe import DistillConfig, ExportConfig, Recipe, find_recipe, load_recipe
 from .recipe_teaching import ExtraTeacherConfig
 from .recipe_text import dump_recipe
@@ -50,6 +52,9 @@ def _bytes_per_weight(config: ExportConfig) -> float:
     parsed = config.parsed
     if isinstance(parsed, CoremlQuantisation) and config.to not in BYTES_PER_WEIGHT:
         return parsed.bytes_per_weight
+    if parsed.format == "gguf" and f"gguf:{parsed.base}" not in BYTES_PER_WEIGHT and parsed.base in FILE_TYPES:
+        kind = ggml_grid(FILE_TYPES[parsed.base].grid)
+        return 1.1 * kind.size_bytes / kind.elements  # a tenth more for what is kept finer
     return BYTES_PER_WEIGHT.get(config.to) or BYTES_PER_WEIGHT.get(f"{parsed.format}:{parsed.base}", 2)
 
 

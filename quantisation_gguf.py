@@ -30,7 +30,13 @@ FILE_TYPES: dict[str, FileType] = {
     "q4_k_m": FileType(15, "q4_k"), "q4_k_s": FileType(14, "q4_k"), "q4_1": FileType(3, "q4_1"),
     "q4_0": FileType(2, "q4_0"), "iq4_nl": FileType(25, "iq4_nl"), "iq4_xs": FileType(30, "iq4_xs"),
     "q3_k_l": FileType(13, "q3_k"), "q3_k_m": FileType(12, "q3_k"), "q3_k_s": FileType(11, "q3_k"),
-    "q2_k": FileType(10, "q2_k"), "q2_k_s": FileType(21, "q2_k", True),
+    "iq3_m": FileType(27, "iq3_s"), "iq3_s": FileType(26, "iq3_s"), "iq3_xs": FileType(22, "iq3_s", True),
+    "iq3_xxs": FileType(23, "iq3_xxs", True),
+    "q2_k": FileType(10, "q2_k"), "q2_k_s": FileType(21, "q2_k", True), "q2_0": FileType(41, "q2_0"),
+    "iq2_m": FileType(29, "iq2_s", True), "iq2_s": FileType(28, "iq2_xs", True), "iq2_xs": FileType(20, "iq2_xs", True),
+    "iq2_xxs": FileType(19, "iq2_xxs", True), "iq1_m": FileType(31, "iq1_m", True),
+    "iq1_s": FileType(24, "iq1_s", True),
+    "tq2_0": FileType(37, "tq2_0"), "tq1_0": FileType(36, "tq1_0"), "q1_0": FileType(40, "q1_0"),
 }  # fmt: skip
 """Every file type of llama.cpp for dense models, the largest first."""
 
@@ -52,8 +58,8 @@ class GgufQuantisation(Quantisation):
 def parse(name: str) -> GgufQuantisation:
     """Read what follows ``gguf:``; raises ``ValueError``.
 
-    >>> parse("q4_k_m-imatrix").importance, parse("q4_k_m").importance, parse("q2_k_s-imatrix").name
-    (True, False, 'q2_k_s')
+    >>> parse("q4_k_m-imatrix").importance, parse("q4_k_m").importance, parse("iq2_xxs-imatrix").name
+    (True, False, 'iq2_xxs')
     """
     base = name.removesuffix(_SUFFIX)
     if base not in FILE_TYPES:

@@ -178,6 +178,8 @@ def quantise_activation(x: Any, kind: Activation) -> Any:
         return x
     if kind in ("float16", "float16-in"):
         return x.half().float()
+    if kind == "bfloat16-in":
+        return x.bfloat16().float()
     if kind == "uint8-tensor":
         low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
         scale = (high - low) / 255

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..artifact import Format, Manifest, StoredTensor
+from ..grids import ggml_grid
 
 __all__ = [
     "GRID_LIMITS",
@@ -34,8 +35,8 @@ __all__ = [
 
 Activation = str
 """What happens to the input of a matrix product: ``none``, ``float16`` (output too), ``float16-in``, ``float16-maybe``
-(where the processor has such kernels; not simulated), ``uint8-tensor``, ``int8-bN`` (blocks of N), ``q8_0``,
-``q8_k``."""
+(where the processor has such kernels; not simulated), ``bfloat16-in``, ``uint8-tensor``, ``int8-bN`` (blocks of N),
+``q8_0``, ``q8_k``."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,13 @@ GRID_LIMITS: Mapping[str, GridLimit] = {
     "iq4_nl": _ggml(4, largest=4.0, rms=0.75), "iq4_xs": _k_quant(4, 32, 31), "q2_k": _k_quant(2, 16, 15, 0.4),
     "q3_k": _k_quant(3, 16, 31), "q4_k": _k_quant(4, 32, 63), "q5_k": _k_quant(5, 32, 63),
     "q6_k": _k_quant(6, 16, 127),
+    # Code books: vectors of eight (or four) values stand for each other, weighed by what the inputs make of them.
+    "iq3_s": _k_quant(3, 32, 31), "iq3_xxs": _k_quant(3, 32, 31), "iq2_s": _k_quant(2, 16, 31, 0.5),
+    "iq2_xs": _k_quant(2, 16, 31, 0.5), "iq2_xxs": _k_quant(2, 32, 31, 0.5), "iq1_m": _k_quant(2, 16, 15, 0.5),
+    "iq1_s": _k_quant(2, 32, 15, 0.5),
+    # -1, 0, 1 (and 2) times the scale of a block: of a weight not trained so, little more than the sign is left.
+    "tq2_0": GridLimit(2, 256, absolute=2.0**-23), "tq1_0": GridLimit(2, 256, absolute=2.0**-23),
+    "q2_0": GridLimit(2, 64, rms=0.6, absolute=2.0**-23), "q1_0": GridLimit(2, 128, rms=0.6, absolute=2.0**-23),
 }  # fmt: skip
 
 
@@ -230,14 +238,18 @@ def half_cache(manifest: Manifest) -> bool:
     return manifest.format == "gguf" or pasts == {"float16"}
 
 
+_GGUF_FLOATS: Mapping[str, Activation] = {"f32": "none", "f16": "float16-in", "bf16": "bfloat16-in"}
+
+
 def activation_of(form: Format, tensor: StoredTensor) -> Activation:
     """What the runtime does to the input of a matrix product with this stored weight.
 
     ONNX: MatMulInteger takes uint8 with one range a tensor (DynamicQuantizeLinear), MatMulNBits at accuracy level 4
     int8 in blocks of its own block size. Without fp16 kernels (x86) ONNX Runtime drops the casts of an fp16 graph and
     computes in float32: SmolLM2 is then 2e-5 nats from its weights in torch, and 0.004 with the rounding simulated.
-    llama.cpp converts the input to the weight type's ``vec_dot_type`` (ggml-cpu.c): q8_0 for the 32-wide types, q8_K
-    for the 256-wide, fp16 for f16. Core ML decompresses weights before it computes, in fp16.
+    llama.cpp converts the input to the weight type's ``vec_dot_type`` (ggml-cpu.c): q8_0 for the types of small
+    blocks, q8_K for the 256-wide, fp16 for f16, bfloat16 for bf16. Core ML decompresses weights before it
+    computes, in fp16.
     """
     grid = tensor.grid
     if form == "onnx":
@@ -247,11 +259,9 @@ def activation_of(form: Format, tensor: StoredTensor) -> Activation:
             return f"int8-{grid.split('-')[1]}"
         return "float16-maybe" if grid == "float16" else "none"
     if form == "gguf":
-        if grid in ("f32", "bf16"):
-            return "none"
-        if grid == "f16":
-            return "float16-in"
-        return "q8_k" if grid.endswith("_k") or grid == "iq4_xs" else "q8_0"
+        if grid in _GGUF_FLOATS:
+            return _GGUF_FLOATS[grid]
+        return "q8_k" if ggml_grid(grid).elements == 256 else "q8_0"
     return "float16" if form == "coreml" and grid != "float32" else "none"
 
 
@@ -259,10 +269,16 @@ _CEILINGS: tuple[tuple[tuple[str, ...], Ceiling], ...] = (
     (("fp32", "f32"), Ceiling(1e-4, 1.001, 1e-4, "nothing is quantised")),
     (("fp16", "f16", "bf16"), Ceiling(0.01, 1.02, 1e-3, "float16 costs about 1e-5 nats")),
     (("q8_0", "int8", "pal8"), Ceiling(0.1, 1.15, 0.02, "8-bit blocks cost about 0.005 nats")),
-    (("q6_k", "q5_k_m", "q5_0", "q5_1", "pal6"), Ceiling(0.2, 1.3, 0.03, "5 and 6 bits cost about 0.02 nats")),
+    (("q6_k", "q5_k_m", "q5_k_s", "q5_0", "q5_1", "pal6"), Ceiling(0.2, 1.3, 0.03, "5 and 6 bits cost about 0.02 nats")),
     (("q4_k_m", "q4_k_s"), Ceiling(0.5, 1.6, 0.06, "4-bit K-quants cost about 0.05 nats")),
-    (("q4_0", "q4_1", "iq4_nl", "int4", "pal4"), Ceiling(1.0, 2.5, 0.1, "4-bit blocks cost about 0.4 nats on a 135M "
-     "model")),
+    (("q4_0", "q4_1", "iq4_nl", "iq4_xs", "int4", "pal4"), Ceiling(1.0, 2.5, 0.1, "4-bit blocks cost about 0.4 nats on "
+     "a 135M model")),
+    (("q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "q2_k"), Ceiling(2.0, 6.0, 0.2, "3 bits "
+     "cost about 0.5 nats on a 135M model")),
+    (("q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"), Ceiling(5.0, 150.0, 0.5, "1 and 2 bits are "
+     "for large models: a small one keeps little")),
+    (("tq2_0", "tq1_0", "q2_0", "q1_0"), Ceiling(10.0, 1e5, 1.0, "one and two bits without a search are for models "
+     "trained to have them; others keep little more than signs")),
     (("int8-dynamic", "int8-dynamic-per-channel"), Ceiling(1.5, 4.0, 0.1, "dynamic int8 costs about 0.6 nats; the "
      "saturating one 13.7")),
     (("pal3", "pal2", "sparse"), Ceiling(2.0, 6.0, 0.2, "small tables and pruning need training to be good: "
@@ -274,7 +290,7 @@ _WIDEST = Ceiling(2.0, 6.0, 0.2, "unknown quantisation: only garbage is refused"
 
 def ceiling_for(quantisation: str) -> Ceiling:
     """The default ceilings of a quantisation; options after the family's name (``int4-b16-gptq``) keep its own."""
-    quantisation = quantisation.removesuffix("-portable")  # other operators, the same weights
+    quantisation = quantisation.removesuffix("-portable").removesuffix("-imatrix")  # the same grids
     if is_budget(quantisation):
         return _BUDGETED
     known = {name: ceiling for names, ceiling in _CEILINGS for name in names}

@@ -72,7 +72,11 @@ def _c_dequantise(ggml: ctypes.CDLL, grid: str, raw: np.ndarray, count: int) -> 
 PACKED = [name for name in GGML_GRIDS if name not in ("f32", "f16", "bf16")]
 
 
-@pytest.mark.parametrize("grid", PACKED)
+# GGML sorts the neighbours in its large code books before it quantises: half a minute.
+SLOW = ("iq1_m", "iq1_s", "iq2_s", "iq2_xs")
+
+
+@pytest.mark.parametrize("grid", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in PACKED])
 def test_dequantise_is_bit_equal_to_llama_cpp(ggml: ctypes.CDLL, grid: str) -> None:
     weight = np.random.default_rng(1).normal(0, 0.7, (5, 512)).astype(np.float32)
     weight[2] = 0
@@ -82,7 +86,10 @@ def test_dequantise_is_bit_equal_to_llama_cpp(ggml: ctypes.CDLL, grid: str) -> N
     np.testing.assert_array_equal(
         ours.reshape(-1).view(np.uint32), _c_dequantise(ggml, grid, raw, 2560).view(np.uint32)
     )
-    assert np.corrcoef(ours.reshape(-1), weight.reshape(-1))[0, 1] > 0.8
+    ordinary = [0, 1, 4]
+    assert np.corrcoef(ours[ordinary].reshape(-1), weight[ordinary].reshape(-1))[0, 1] > (
+        0.4 if grid[:2] == "tq" else 0.75
+    )
 
 
 @pytest.mark.parametrize("grid", PACKED)
@@ -93,6 +100,8 @@ def test_dequantise_of_any_bytes_is_bit_equal_to_llama_cpp(ggml: ctypes.CDLL, gr
     raw = rng.integers(0, 256, (300, kind.size_bytes), np.uint8)
     halves = {
         "q2_k": (80, 82),
+        "tq1_0": (52,),
+        "tq2_0": (64,),
         "q3_k": (108,),
         "q6_k": (208,),
         "q4_1": (0, 2),
@@ -100,8 +109,13 @@ def test_dequantise_of_any_bytes_is_bit_equal_to_llama_cpp(ggml: ctypes.CDLL, gr
         "q4_k": (0, 2),
         "q5_k": (0, 2),
     }
-    for at in halves.get(grid, (0,)):
+    for at in halves.get(grid, (0,)) if grid != "iq1_m" else ():
         raw[:, at : at + 2] = rng.normal(0, 0.1, (300, 1)).astype(np.float16).view(np.uint8)
+    if grid == "iq1_m":  # its scale lies in the upper nibbles of four words
+        scale = rng.normal(0, 0.1, 300).astype(np.float16).view(np.uint16)
+        words = raw[:, 48:].view("<u2")
+        for part in range(4):
+            words[:, part] = (words[:, part] & 0x0FFF) | (((scale >> (4 * part)) & 15) << 12)
     count = 300 * kind.elements
     ours = dequantise(grid, raw, (300, kind.elements)).reshape(-1)
     np.testing.assert_array_equal(ours, _c_dequantise(ggml, grid, raw, count))

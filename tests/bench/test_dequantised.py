@@ -111,7 +111,8 @@ def test_a_tied_head_that_is_stored_apart_is_found():
         ("onnx", "int8", "uint8-tensor"), ("onnx", "int4-b32", "int8-b32"),
         ("onnx", "int8-b64", "int8-b64"), ("onnx", "float32", "none"),
         ("onnx", "float16", "float16-maybe"), ("gguf", "q4_k", "q8_k"), ("gguf", "q4_0", "q8_0"),
-        ("gguf", "f16", "float16-in"),
+        ("gguf", "f16", "float16-in"), ("gguf", "bf16", "bfloat16-in"), ("gguf", "iq3_xxs", "q8_k"),
+        ("gguf", "tq1_0", "q8_k"), ("gguf", "q1_0", "q8_0"),
         ("gguf", "f32", "none"), ("coreml", "int8-channel", "float16"),
     ],
 )  # fmt: skip
@@ -126,3 +127,4 @@ def test_every_quantisation_of_a_recipe_has_a_ceiling():
         for name in names:
             assert "unknown" not in ceiling_for(name).reason, name
     assert "unknown" in ceiling_for("q1_x").reason
+    assert ceiling_for("q4_0-imatrix") == ceiling_for("q4_0")
