@@ -76,7 +76,8 @@ def codebook(name: str) -> Floats:
     levels, width, packed = _BOOKS[name]
     numbers = np.frombuffer(zlib.decompress(base64.b85decode(packed)), "<u2").astype(np.int64).cumsum()
     digits = numbers[:, None] // len(levels) ** np.arange(width) % len(levels)
-    return np.asarray(levels, np.float32)[digits]
+    vectors: Floats = np.asarray(levels, np.float32)[digits]
+    return vectors
 
 
 @cache

@@ -27,7 +27,8 @@ def _words(blocks: Bytes, form: str) -> npt.NDArray[np.uint32]:
 
 def _even_signs(words: npt.NDArray[np.uint32]) -> Floats:
     """Four times seven bits of each word ``[n, groups]`` as signs ``[n, groups, 4, 8]``."""
-    return even_signs()[(words[:, :, None] >> np.array([0, 7, 14, 21], np.uint32)) & 127]
+    signs: Floats = even_signs()[(words[:, :, None] >> np.array([0, 7, 14, 21], np.uint32)) & 127]
+    return signs
 
 
 def _half_scales(blocks: Bytes, packed: Bytes) -> Floats:

@@ -16,14 +16,15 @@ from ..errors import BadInput, Unsupported
 from ..grids import GGML_GRIDS, quantise
 from ..progress import Progress
 from ..quantisation_gguf import FILE_TYPES, parse
-from ..runtimes.ggml_api import quantise_rows
+from ..runtimes.ggml_api import quantise_rows, requires_importance
 from ..runtimes.gguf_file import GgufFile, GgufTensor
 from ..runtimes.llamacpp_api import engine, engine_version
 from .allocate_space import Encode
+from .gguf_importance import Importance, importance_matrix
 from .gguf_layout import Placed, place, rope_factors
-from .gguf_metadata import Metadata, kv_cache_bytes_per_token, model_metadata
+from .gguf_metadata import Metadata, importance_metadata, kv_cache_bytes_per_token, model_metadata
 from .gguf_tokenizer import tokenizer_metadata
-from .gguf_types import FLOATS, Mixture, needs_importance, storage_order, tensor_types
+from .gguf_types import FLOATS, NEED_IMPORTANCE, Mixture, needs_importance, storage_order, tensor_types
 from .gguf_write import TensorSlot, write_gguf
 from .writer import Draft, Weights, context_length
 
@@ -55,10 +56,12 @@ def write(
 
     The file is the one that ``llama_model_quantize`` would make of the float32 model, byte for byte, but made piece by
     piece with GGML's own quantisers. ``types`` gives parameters, by name, another grid (``"q5_k"``, ``"iq4_xs"``):
-    they get exactly that one, and with ``encode`` their bytes come from there. Raises
-    :class:`edgestill.errors.Unsupported` for what llama.cpp can't run (architecture, head, activation, tokenizer),
-    :class:`edgestill.errors.UsageError` for a wrong entry in ``types``,
-    :class:`edgestill.errors.BadInput` for weights that are not finite, and
+    they get exactly that one, and with ``encode`` their bytes come from there. Where the type asks for an importance
+    matrix (or one in ``types`` needs it and there is no ``encode``), it is measured on ``calibration``.
+
+    Raises :class:`edgestill.errors.Unsupported` for what llama.cpp can't run (architecture, head, activation,
+    tokenizer) and for a type that needs calibration texts where there are none, :class:`edgestill.errors.UsageError`
+    for a wrong entry in ``types``, :class:`edgestill.errors.BadInput` for weights that are not finite, and
     :class:`edgestill.errors.MissingDependency` without ``llama-cpp-python``.
     """
     engine()
@@ -66,16 +69,25 @@ def write(
     length = context_length(model, config)
     weights = Weights(model.path)
     placed = place(model, {name: weights.shape(name) for name in weights})
-    grids = tensor_types(placed, _mixture(model, kind.base, importance=False), types)
+    needed = encode is None and any(grid in NEED_IMPORTANCE for grid in (types or {}).values())
+    weighed = kind.importance or needed
+    grids = tensor_types(placed, _mixture(model, kind.base, importance=weighed), types)
+    importance = importance_matrix(model, calibration, progress) if weighed else None
+    if encode is None:
+        _check_importance(placed, grids, kind.base, importance)
     progress(f"{config.variant}: tokenizer", 0.0)
     metadata = model_metadata(model, length, FILE_TYPES[kind.base].number)
     tokenizer = tokenizer_metadata(model, metadata, folder)
     metadata |= tokenizer.metadata
+    if importance is not None:
+        metadata |= importance_metadata(importance.sha256, len(importance.values), importance.texts)
     if FILE_TYPES[kind.base].grid not in FLOATS:  # where llama_model_quantize puts them
         for key in ("general.quantization_version", "general.file_type"):
             metadata[key] = metadata.pop(key)
     target = folder / _ENTRY
-    _write_tensors(target, model, metadata, placed, grids, weights, kind.base, config.variant, progress, encode)
+    _write_tensors(
+        target, model, metadata, placed, grids, weights, importance, kind.base, config.variant, progress, encode
+    )
     with GgufFile(target) as written:
         histogram = written.histogram()
         _check_types(written, grids)
@@ -115,6 +127,7 @@ def _write_tensors(
     placed: Sequence[Placed],
     grids: Mapping[str, str],
     weights: Weights,
+    importance: Importance | None,
     file_type: str,
     variant: str,
     progress: Progress,
@@ -136,15 +149,30 @@ def _write_tensors(
             return
         item, grid = sources[name], grids[name]
         own = encode if grid not in FLOATS else None
-        if own is None and needs_importance(name, grid, file_type):
-            raise Unsupported(f"{item.name} in {grid} needs an importance matrix", hint="give calibration texts")
+        weight = importance.weights(item.name) if importance is not None else None
         for piece in item.pieces(weights.rows, _PIECE_VALUES):
-            yield _encode(item.name, grid, piece, threads, own)
+            yield _encode(item.name, grid, piece, weight, threads, own)
 
     write_gguf(path, metadata, [slots[name] for name in order], read)
 
 
-def _encode(name: str, grid: str, piece: Floats, threads: int, own: Encode | None) -> npt.NDArray[Any]:
+def _check_importance(
+    placed: Sequence[Placed], grids: Mapping[str, str], file_type: str, importance: Importance | None
+) -> None:
+    """:class:`Unsupported` for a tensor that would be garbage without the importance that it lacks."""
+    for item in placed:
+        grid = grids[item.stored]
+        lacking = importance is None or item.name not in importance.values
+        if lacking and (needs_importance(item.stored, grid, file_type) or requires_importance(grid)):
+            raise Unsupported(
+                f"{item.name} can't be {grid}: it is multiplied by nothing, so no importance of it can be measured",
+                hint="give it a larger type",
+            )
+
+
+def _encode(
+    name: str, grid: str, piece: Floats, weight: Floats | None, threads: int, own: Encode | None
+) -> npt.NDArray[Any]:
     """The stored bytes of some rows of the parameter ``name``."""
     if not np.isfinite(piece).all():
         raise BadInput(f"{name} holds NaN or infinite weights", hint="train or convert the model again")
@@ -156,7 +184,7 @@ def _encode(name: str, grid: str, piece: Floats, threads: int, own: Encode | Non
         if piece.size and np.abs(piece).max() > np.finfo(np.float16).max:
             raise Unsupported(f"{name} holds weights too large for f16", hint="take bf16, f32 or a quantised type")
         return quantise("f16", piece)
-    return quantise_rows(grid, piece, None, threads)
+    return quantise_rows(grid, piece, weight, threads)
 
 
 def _check_types(written: GgufFile, grids: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ from .gguf_layout import GGUF_ARCHITECTURES, rope_parameters
 if TYPE_CHECKING:
     from ..checkpoints import ModelFolder
 
-__all__ = ["Metadata", "kv_cache_bytes_per_token", "model_metadata"]
+__all__ = ["Metadata", "importance_metadata", "kv_cache_bytes_per_token", "model_metadata"]
 
 Metadata = dict[str, Any]
 """Key -> str, bool, int (stored as uint32), float (float32), or a list of one of them (int lists as int32)."""
@@ -120,6 +120,16 @@ def _encoder(model: ModelFolder) -> Iterator[tuple[str, Any]]:
         yield "classifier.output_labels", list(model.labels)
     elif model.pooling is not None:
         yield "pooling_type", _POOLING[model.pooling]
+
+
+def importance_metadata(sha256: str, entries: int, texts: int) -> Metadata:
+    """The keys by which ``llama-quantize`` says that it was given an importance matrix."""
+    return {
+        "quantize.imatrix.file": f"{sha256}.npz",
+        "quantize.imatrix.dataset": f"{texts} calibration texts",
+        "quantize.imatrix.entries_count": entries,
+        "quantize.imatrix.chunks_count": texts,
+    }
 
 
 def kv_cache_bytes_per_token(model: ModelFolder) -> int | None:

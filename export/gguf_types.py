@@ -17,7 +17,7 @@ from ..grids import GGML_GRIDS
 from ..quantisation_gguf import FILE_TYPES
 from .gguf_layout import Placed
 
-__all__ = ["Mixture", "needs_importance", "storage_order", "tensor_types"]
+__all__ = ["FLOATS", "NEED_IMPORTANCE", "Mixture", "needs_importance", "storage_order", "tensor_types"]
 
 FLOATS = ("f32", "f16", "bf16")
 
@@ -40,7 +40,7 @@ _SMALLER = {
     **dict.fromkeys(("q2_0", "q2_k", "q3_k", "tq1_0", "tq2_0"), "q4_0"),
     "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
 }  # fmt: skip
-_NEED_IMPORTANCE = frozenset({"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs"})
+NEED_IMPORTANCE = frozenset({"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs"})
 _EMBEDDING_AND_HEAD = ("token_embd.weight", "output.weight")
 
 
@@ -94,7 +94,7 @@ def needs_importance(name: str, grid: str, file_type: str) -> bool:
     """Whether the tensor ``name`` in ``grid`` is garbage without an importance matrix (llama.cpp refuses it then)."""
     if name in _EMBEDDING_AND_HEAD:
         return False
-    return grid in _NEED_IMPORTANCE or (grid == "q2_k" and file_type == "q2_k_s")
+    return grid in NEED_IMPORTANCE or (grid == "q2_k" and file_type == "q2_k_s")
 
 
 def _manual(placed: Sequence[Placed], asked: Mapping[str, str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from ..errors import EdgestillError, MissingDependency
 from ..grids import GGML_GRIDS
 from .llamacpp_api import engine
 
-__all__ = ["ggml", "quantise_rows"]
+__all__ = ["ggml", "quantise_rows", "requires_importance"]
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -65,6 +65,11 @@ def ggml() -> ctypes.CDLL:
     return library
 
 
+def requires_importance(grid: str) -> bool:
+    """Whether GGML's quantiser for ``grid`` would abort the process without an importance matrix."""
+    return bool(ggml().ggml_quantize_requires_imatrix(GGML_GRIDS[grid].number))
+
+
 def quantise_rows(grid: str, rows: Floats, importance: Floats | None = None, threads: int = 1) -> Bytes:
     """``rows [n, columns]`` (finite) in GGML type ``grid`` as llama.cpp makes it: bytes ``[n, bytes of a row]``.
 
@@ -73,7 +78,7 @@ def quantise_rows(grid: str, rows: Floats, importance: Floats | None = None, thr
     """
     library, kind = ggml(), GGML_GRIDS[grid]
     count, columns = rows.shape
-    if importance is None and library.ggml_quantize_requires_imatrix(kind.number):
+    if importance is None and requires_importance(grid):
         raise EdgestillError(f"{grid} needs an importance matrix", hint="give calibration texts")
     rows = np.ascontiguousarray(rows, np.float32)
     weight = None if importance is None else np.ascontiguousarray(importance, np.float32)
