@@ -269,7 +269,8 @@ _CEILINGS: tuple[tuple[tuple[str, ...], Ceiling], ...] = (
     (("fp32", "f32"), Ceiling(1e-4, 1.001, 1e-4, "nothing is quantised")),
     (("fp16", "f16", "bf16"), Ceiling(0.01, 1.02, 1e-3, "float16 costs about 1e-5 nats")),
     (("q8_0", "int8", "pal8"), Ceiling(0.1, 1.15, 0.02, "8-bit blocks cost about 0.005 nats")),
-    (("q6_k", "q5_k_m", "q5_k_s", "q5_0", "q5_1", "pal6"), Ceiling(0.2, 1.3, 0.03, "5 and 6 bits cost about 0.02 nats")),
+    (("q6_k", "q5_k_m", "q5_k_s", "q5_0", "q5_1", "pal6"), Ceiling(0.2, 1.3, 0.03, "5 and 6 bits cost about "
+     "0.02 nats")),
     (("q4_k_m", "q4_k_s"), Ceiling(0.5, 1.6, 0.06, "4-bit K-quants cost about 0.05 nats")),
     (("q4_0", "q4_1", "iq4_nl", "iq4_xs", "int4", "pal4"), Ceiling(1.0, 2.5, 0.1, "4-bit blocks cost about 0.4 nats on "
      "a 135M model")),
