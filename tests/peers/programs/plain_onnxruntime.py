@@ -27,11 +27,12 @@ def value(array: np.ndarray) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
-def decode(prompt: list[int], count: int) -> dict[str, Any]:
-    """Greedy; seconds of each token after the first."""
+def decode(prompt: list[int], count: int, head_dim: int) -> dict[str, Any]:
+    """Greedy; seconds of each token after the first. ``head_dim`` where the graph itself does not say it."""
     feed = {
         name: value(np.zeros(
-            (1, item.shape[1], 0, item.shape[3]), np.float16 if item.type == "tensor(float16)" else np.float32
+            (1, item.shape[1], 0, head_dim or item.shape[3]),
+            np.float16 if item.type == "tensor(float16)" else np.float32,
         ))
         for name, item in past.items()
     }  # fmt: skip
@@ -65,7 +66,7 @@ def encode(row: list[int], calls: int) -> dict[str, Any]:
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     if "prompt" in request:
-        return decode(request["prompt"], request["count"])
+        return decode(request["prompt"], request["count"], request.get("head_dim", 0))
     return encode(request["ids"], request["calls"])
 
 
