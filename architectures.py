@@ -26,7 +26,7 @@ __all__ = [
     "supported",
 ]
 
-ENCODER_TASKS: tuple[Task, ...] = ("feature-extraction", "text-classification")
+ENCODER_TASKS: tuple[Task, ...] = ("feature-extraction", "text-classification", "token-classification")
 DECODER_TASKS: tuple[Task, ...] = ("text-generation",)
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"

@@ -28,8 +28,10 @@ from .files import atomic_write, canonical_json, hash_file, hash_json, list_file
 
 __all__ = [
     "ARTIFACT_FILE",
+    "CLASS_TASKS",
     "NOT_PAYLOAD",
     "TENSORS_FILE",
+    "TOKEN_TASKS",
     "Artifact",
     "FileEntry",
     "Histogram",
@@ -51,7 +53,11 @@ VERDICTS_FILE = "verdicts.jsonl"
 NOT_PAYLOAD = frozenset({ARTIFACT_FILE, VERDICTS_FILE})
 
 Format = Literal["torch", "onnx", "gguf", "coreml"]
-Task = Literal["feature-extraction", "text-classification", "text-generation"]
+Task = Literal["feature-extraction", "text-classification", "token-classification", "text-generation"]
+CLASS_TASKS: tuple[Task, ...] = ("text-classification", "token-classification")
+"""Tasks whose logits stand for the model's own labels."""
+TOKEN_TASKS: tuple[Task, ...] = ("token-classification", "text-generation")
+"""Tasks whose models answer at every token: ``[batch, length, …]``."""
 Pooling = Literal["mean", "cls", "last"]
 
 

@@ -30,7 +30,7 @@ from .architectures import (
     complete_config,
     find_architecture,
 )
-from .artifact import Pooling, Task
+from .artifact import CLASS_TASKS, Pooling, Task
 from .errors import BadInput
 from .files import check_links, hash_tree, read_json
 
@@ -215,7 +215,7 @@ def open_model(folder: Path) -> ModelFolder:
         layers=config[row.layers_key],
         hidden_size=config[row.hidden_key],
         license=facts.get("license"),
-        labels=_labels(config) if task == "text-classification" else (),
+        labels=_labels(config) if task in CLASS_TASKS else (),
         parameters=sum(math.prod(tensor.shape) for tensor in header.values()),
         size_bytes=(folder / WEIGHTS_FILE).stat().st_size,
         prompt_prefix=str(facts.get("prompt_prefix", "")),

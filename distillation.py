@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .artifact import TOKEN_TASKS
 from .bench.environment import usable_threads
 from .errors import BadInput, MissingDependency, Unsupported
 from .fetch import find_cached
@@ -202,7 +203,7 @@ def _token_cost(
         order = plan_batches(lengths, config.batch_size, config.gradient_accumulation, steps, config.seed + number)
         student += int(sum(lengths[rows].sum() for rows in order))
     asks = any(LOSS_NAMES[parse_loss(name).name].reads != "labels" for name in job.losses)
-    live = teacher.task == "text-generation" or bool(config.loss.get("hidden_states"))
+    live = teacher.task in TOKEN_TASKS or bool(config.loss.get("hidden_states"))
     asked = (student if live else int(lengths.sum())) if asks else 0
     flops = 3.0 * student * _flops(start.folder, plan) + float(asked) * _flops(teacher, type(plan).of_layers(teacher))
     return TokenCost(job.steps, student, asked, flops)

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from .artifact import Task
 from .errors import RecipeError, UsageError
@@ -21,14 +22,21 @@ _COREML = ("coreml:fp16", "coreml:int8")
 DEFAULT_VARIANTS: dict[Task, tuple[str, ...]] = {
     "feature-extraction": (*_ONNX, "gguf:f16", "gguf:q8_0", *_COREML),
     "text-classification": (*_ONNX, *_COREML),
+    "token-classification": _ONNX,
     "text-generation": (*_ONNX, "gguf:q8_0", "gguf:q4_k_m", *_COREML),
 }  # fmt: skip
 _LOSS: dict[Task, str] = {
     "feature-extraction": "{ embedding_cosine = 1.0, embedding_gram = 1.0 }",
     "text-classification": "{ forward_kl = 1.0 }",
+    "token-classification": "{ forward_kl = 1.0 }",
     "text-generation": "{ forward_kl = 1.0 }",
 }
-_RATE: dict[Task, str] = {"feature-extraction": "5e-4", "text-classification": "1e-4", "text-generation": "2e-4"}
+_RATE: dict[Task, str] = {
+    "feature-extraction": "5e-4",
+    "text-classification": "1e-4",
+    "token-classification": "1e-4",
+    "text-generation": "2e-4",
+}
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ def _head(name: str, model: Path, found: Inspection) -> str:
 # Next: `edgestill plan FILE` says what it costs, `edgestill run FILE` does it.
 schema_version = 1
 name = {json.dumps(name)}
-task = {json.dumps(found.task)} # inferred; also: feature-extraction, text-classification, text-generation
+task = {json.dumps(found.task)} # inferred; also: {", ".join(get_args(Task))}
 
 [teacher]
 source = {json.dumps(str(model.resolve()))}
@@ -149,6 +157,7 @@ learning_rate = {_RATE[task]}"""
 
 def _bench(found: Inspection) -> str:
     gate = {"feature-extraction": "spearman = { min = 0.95 }", "text-classification": "top1_agreement = { min = 0.95 }",
+            "token-classification": "top1_agreement = { min = 0.95 }",
             "text-generation": "kl = { max = 0.1 }"}[found.task]  # fmt: skip
     return f"""[bench]
 threads = 2

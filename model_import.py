@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
-from .artifact import Pooling, Task
+from .artifact import CLASS_TASKS, Pooling, Task
 from .checkpoints import (
     FACTS_FILE,
     Architecture,
@@ -121,7 +121,7 @@ def _prepare_folder(source: Path, out: Path, task: str | None, license: str | No
     progress("reading weights", 0.0)
     state, header = _read_weights(files, header)
     check_sizes(config, row, header, facts.root)
-    if chosen == "text-classification":
+    if chosen in CLASS_TASKS:
         _check_labels(config, facts.root)
     progress("building the model", 0.4)
     model = torch_models.build_model(config, state, chosen, facts.root)  # type: ignore[arg-type]
@@ -232,6 +232,8 @@ def infer_task(config: Mapping[str, Any], row: Architecture, facts: SourceFacts,
     name = str((config.get("architectures") or [""])[0])
     if name.endswith("ForSequenceClassification"):
         return "text-classification"
+    if name.endswith("ForTokenClassification"):
+        return "token-classification"
     if name.endswith(("ForCausalLM", "LMHeadModel")) or (row.family == "decoder" and not name):
         return "text-generation"
     if row.family == "encoder" and (not name or name.endswith(_HEADLESS)):

@@ -42,7 +42,7 @@ __all__ = [
 
 RECIPES = Path(__file__).parent / "recipes"
 
-TaskName = Literal["feature-extraction", "text-classification", "text-generation"]
+TaskName = Literal["feature-extraction", "text-classification", "token-classification", "text-generation"]
 
 
 def _full_loss_name(text: str) -> str:

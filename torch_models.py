@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .architectures import ARCHITECTURES, complete_config
-from .artifact import Pooling, Task
+from .artifact import CLASS_TASKS, Pooling, Task
 from .checkpoints import (
     FACTS_FILE,
     SCHEMA_VERSION,
@@ -101,6 +101,7 @@ def model_class(task: Task) -> Any:
     return {
         "feature-extraction": transformers.AutoModel,
         "text-classification": transformers.AutoModelForSequenceClassification,
+        "token-classification": transformers.AutoModelForTokenClassification,
         "text-generation": transformers.AutoModelForCausalLM,
     }[task]
 
@@ -313,7 +314,7 @@ def write_folder(model: nn.Module, tokenizer: Any, folder: Path, facts: ModelFol
     config = complete_config(config)
     config["tie_word_embeddings"] = bool(getattr(inner.config, "tie_word_embeddings", False))
     config.update(architectures=[type(inner).__name__], dtype="float32")
-    if facts.task == "text-classification":
+    if facts.task in CLASS_TASKS:
         config["id2label"] = {str(key): label for key, label in inner.config.id2label.items()}
         config["label2id"] = {label: int(key) for key, label in inner.config.id2label.items()}
     _write_json(folder / "config.json", config)

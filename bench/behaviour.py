@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..artifact import Task
+from ..artifact import CLASS_TASKS, TOKEN_TASKS, Task
 from ..runtimes.scoring import kl_divergence, open_reference
 from ..runtimes.session import DecodedToken, SessionInfo
 from .fidelity import fidelity
@@ -127,7 +127,7 @@ def check_padding(worker: Runner, task: Task, ids: Array, limits: Faithful) -> C
     found = []
     for row, single in enumerate(alone):
         length = len(ids) if row == 0 else half
-        pair = (single[0, :length], together[row, :length]) if task == "text-generation" else (single, together[[row]])
+        pair = (single[0, :length], together[row, :length]) if task in TOKEN_TASKS else (single, together[[row]])
         found.append(float(np.max(distance(task, *pair))))
     worst = max(found, key=lambda value: np.inf if np.isnan(value) else value)
     return Check("padding_parity", "faithful", bool(worst <= limits.parity), worst, limits.parity,
@@ -138,9 +138,10 @@ def check_padding(worker: Runner, task: Task, ids: Array, limits: Faithful) -> C
 
 def check_longest(worker: Runner, task: Task, ids: Array, said: Array, limits: Faithful) -> Check:
     """One row of the greatest length ``ids [n]`` against ``said`` by its own weights in torch: the last 8 positions
-    ``[8, V]`` of text generation, else the output ``[1, D]``. A position table or cache that ends too early shows."""
+    ``[8, V]`` where the model answers at every token, else the output ``[1, D]``. A position table or cache that ends
+    too early shows."""
     found = worker.forward(ids[None].astype(np.int64), np.ones((1, len(ids)), np.int64))
-    found = found[0, -len(said) :] if task == "text-generation" else found
+    found = found[0, -len(said) :] if task in TOKEN_TASKS else found
     finite = bool(np.isfinite(found).all())
     worst = float(np.max(distance(task, said, found))) if finite else float("inf")
     return Check("longest_context", "faithful", finite and worst <= limits.parity, worst, limits.parity,
@@ -163,11 +164,15 @@ def against_other_reference(task: Task, scores: Scores, reference: Path) -> dict
     For embeddings (where their size is the same) and classifiers, whose outputs are small; ``reference_embeddings``
     is added for Spearman.
     """
-    said = np.asarray(open_reference(reference).said)
-    if task == "text-classification":
+    opened = open_reference(reference)
+    said = np.asarray(opened.said)
+    if task in CLASS_TASKS:
         logits = scores["logits"]
-        return {"logits": logits, "kl": kl_divergence(said, logits),
-                "top1": said.argmax(axis=1) == logits.argmax(axis=1)}  # fmt: skip
+        if task == "token-classification":
+            said = said[np.asarray(opened.mask) == 1]
+        found = {"logits": logits, "kl": kl_divergence(said, logits),
+                 "top1": said.argmax(axis=1) == logits.argmax(axis=1)}  # fmt: skip
+        return found | ({"window": scores["window"]} if "window" in scores else {})
     embeddings = scores["embeddings"]
     found = {"embeddings": embeddings, "reference_embeddings": said}
     if said.shape == embeddings.shape:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..artifact import Artifact, StoredTensor
+from ..artifact import TOKEN_TASKS, Artifact, StoredTensor
 from ..errors import BadInput, MissingDependency
 from ..runtimes.scoring import open_reference
 from .behaviour import distance
@@ -155,7 +155,7 @@ def noise_of(forward: Forward, reference: Path, batch_size: int) -> Noise:
         mask = mask[:, :longest]
         got = forward(np.array(opened.ids[first : first + batch_size, :longest]), np.array(mask))
         said = np.asarray(opened.said[first : first + batch_size])
-        if opened.task == "text-generation":
+        if opened.task in TOKEN_TASKS:
             got, said = got[mask == 1], said[:, :longest][mask == 1]
         found.append(distance(opened.task, said, got))  # type: ignore[arg-type]
         changed.append(said.argmax(axis=-1) != got.argmax(axis=-1))

@@ -1,7 +1,7 @@
 """How near an artifact comes to its reference: from ``score()`` arrays to metrics with intervals.
 
-Tokens of one text and pairs of one sentence are not independent, so intervals resample documents (text generation)
-or sentences (embeddings), never tokens or pairs.
+Tokens of one text and pairs of one sentence are not independent, so intervals resample documents (text generation,
+token classification) or sentences (embeddings), never tokens or pairs.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ def fidelity(task: Task, scores: Mapping[str, Array], *, documents: npt.ArrayLik
     match task:
         case "text-generation":
             return _generation(scores, sources[scores["window"]], seed)
+        case "token-classification":
+            return _distribution(scores, sources[scores["window"]], seed)
         case "text-classification":
             return _distribution(scores, sources, seed)
         case "feature-extraction":

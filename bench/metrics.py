@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from ..artifact import Task
+from ..artifact import CLASS_TASKS, Task
 from ..errors import RecipeError, nearest
 
 __all__ = ["METRICS", "Metric", "find_metric"]
 
-_ALL: tuple[Task, ...] = ("feature-extraction", "text-classification", "text-generation")
+_ALL: tuple[Task, ...] = get_args(Task)
 _EMBEDDING: tuple[Task, ...] = ("feature-extraction",)
 _CLASSES: tuple[Task, ...] = ("text-classification",)
 _GENERATION: tuple[Task, ...] = ("text-generation",)
-_DISTRIBUTION: tuple[Task, ...] = ("text-classification", "text-generation")
+_DISTRIBUTION: tuple[Task, ...] = (*CLASS_TASKS, "text-generation")
 _LABELLED: tuple[Task, ...] = ("feature-extraction", "text-classification")
 
 
@@ -57,8 +57,8 @@ def _table(*metrics: Metric) -> Mapping[str, Metric]:
 
 METRICS: Mapping[str, Metric] = _table(
     # accuracy, all taken on the artifact in its runtime, on the same token ids as the teacher
-    Metric("kl", "nats/token", "lower", ".4g", "mean KL(reference ‖ artifact) per predicted token, or per example "
-           "for a classifier", "accuracy", _DISTRIBUTION),
+    Metric("kl", "nats/token", "lower", ".4g", "mean KL(reference ‖ artifact) per predicted token, per example "
+           "for a classifier of texts, or per token for one of tokens", "accuracy", _DISTRIBUTION),
     Metric("kl_p99", "nats/token", "lower", ".4g", "99th percentile of KL(reference ‖ artifact)", "accuracy",
            _DISTRIBUTION),
     Metric("top1_agreement", "fraction", "higher", ".1%", "how often artifact and reference choose the same first "

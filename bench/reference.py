@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..artifact import Task
+from ..artifact import TOKEN_TASKS, Task
 from ..errors import BadInput, MissingDependency
 from ..files import atomic_directory, hash_file, hash_json, read_json
 from ..progress import Progress, silent
@@ -166,11 +166,11 @@ def write_reference(
             longest = int(mask.sum(axis=1).max())
             output = forward(inputs.ids[first : first + batch_size, :longest], mask[:, :longest])
             if said is None:
-                shape = (rows, length, output.shape[2]) if task == "text-generation" else (rows, output.shape[1])
+                shape = (rows, length, output.shape[2]) if task in TOKEN_TASKS else (rows, output.shape[1])
                 said = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
                     folder / name, mode="w+", dtype=np.float32, shape=shape
                 )
-            if task == "text-generation":
+            if task in TOKEN_TASKS:
                 said[first : first + len(output), :longest] = output
             else:
                 said[first : first + len(output)] = output

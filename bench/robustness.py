@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..artifact import Task
+from ..artifact import TOKEN_TASKS, Task
 from ..progress import Progress, silent
 from ..runtimes.scoring import open_reference, score
 from ..runtimes.session import Session, SessionInfo
@@ -134,7 +134,8 @@ def _ask(
                 estimates = [] if own else fidelity(task, scores, documents=inputs.documents, seed=seed)
                 outputs = scores["embeddings" if "embeddings" in scores else "logits"]
                 before = clean.setdefault(name, (inputs.documents, outputs))
-                if before[1] is not outputs and before[0] == inputs.documents:
+                # Noise cuts words into other tokens, so what is said at every token has no counterpart.
+                if task not in TOKEN_TASKS and before[1] is not outputs and before[0] == inputs.documents:
                     estimates.append(_likeness(task, before[1], outputs, seed))
             found[name] = [e for e in estimates if e.metric in _SHOWN or e.metric.startswith("self_")]
         del said  # unmapped before its file goes

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..artifact import Artifact, Manifest, open_artifact
+from ..artifact import TOKEN_TASKS, Artifact, Manifest, open_artifact
 from ..errors import BadInput, EdgestillError, MissingDependency, ResourceExhausted
 from ..progress import Progress, silent
 from ..runtimes.scoring import open_reference
@@ -260,7 +260,7 @@ class _Run:
                 write_reference(out, task, inputs, forward, facts={}, batch_size=batch)
                 longest = np.resize(describe.longest(), min(self.manifest.max_length, LONGEST_TOKENS))
                 said = forward(longest[None].astype(np.int64), np.ones((1, len(longest)), np.int64))
-                said = said[0, -8:].copy() if task == "text-generation" else said
+                said = said[0, -8:].copy() if task in TOKEN_TASKS else said
                 jitter(
                     model,
                     inputs=HALF_NOISE if "float16-maybe" in kinds else JITTER,

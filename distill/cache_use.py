@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artifact import Task
+from ..artifact import TOKEN_TASKS, Task
 from ..checkpoints import ModelFolder
 from ..errors import RecipeError
 from ..recipe import DistillConfig
@@ -87,8 +87,9 @@ def _taken(losses: Mapping[str, Loss], task: Task, form: TokenFormat) -> dict[st
     """How each loss takes the cache, or :class:`RecipeError`."""
     if task != "text-generation":
         raise RecipeError(
-            f"[distill.cache] keeps answers for tokens, and the task is {task}",
-            hint="leave it out: vectors of whole texts are always kept",
+            f"[distill.cache] keeps answers about the next token, and the task is {task}",
+            hint="leave it out: "
+            + ("its teacher is asked live" if task in TOKEN_TASKS else "vectors of whole texts are always kept"),
         )
     found: dict[str, str] = {}
     for name, loss in losses.items():

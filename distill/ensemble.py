@@ -73,7 +73,7 @@ def check_teachers(
     if first.task == "feature-extraction":
         raise Unsupported(
             "[[distill.teacher]] for embeddings: two models' vectors lie in different spaces, their mean says nothing",
-            hint="remove the section; text-generation and text-classification have probabilities to average",
+            hint="remove the section; text-generation and classification have probabilities to average",
         )
     if any(parse_loss(name).name == "logit_mse" for name, weight in config.loss.items() if weight):
         raise Unsupported(
@@ -166,7 +166,7 @@ class MixedModel(nn.Module):
         return _Head(self)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        """Class logits [B, C] whose softmax at ``temperature`` is the teachers' mean there."""
+        """Class logits [B, C] or [B, T, C] whose softmax at ``temperature`` is the teachers' mean there."""
         logits = [model(input_ids=input_ids, attention_mask=attention_mask).logits for model in self.members]
         mean = self.temperature * mixture(logits, self.weights, self.temperature)
         return SimpleNamespace(logits=mean)

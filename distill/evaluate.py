@@ -33,6 +33,7 @@ class HeldOut:
     def __init__(self, examples: Examples, teacher: Teacher, vocab_size: int) -> None:
         self._generation = teacher.folder.task == "text-generation"
         self._embeddings = teacher.folder.task == "feature-extraction"
+        self._every_token = teacher.folder.task == "token-classification"
         self._vocab_size = vocab_size
         self._device = teacher.device
         rows = self._choose(examples)
@@ -57,10 +58,11 @@ class HeldOut:
 
     @torch.inference_mode()
     def _answer(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Vectors [B, D], or states before the head [N, D] at the predicting places."""
+        """Vectors [B, D], logits [N, C] of all real tokens, or states [N, D] before the head at predicting places."""
         batch = {name: value.to(self._device) for name, value in batch.items()}
         if not self._generation:
-            return vectors(model, batch).float()
+            said = vectors(model, batch).float()
+            return said[batch["attention_mask"].bool()] if self._every_token else said
         ids, mask = batch["input_ids"], batch["attention_mask"]
         hidden = base_model(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         return shift(hidden, ids, mask)[0]
@@ -70,7 +72,8 @@ class HeldOut:
         """Metrics by name; none without dev text. KL and cross-entropy in nats, means over texts or tokens.
 
         Embeddings: ``spearman`` between the cosine similarities of all pairs, mean ``cosine`` to the teacher.
-        Classification: ``kl``, ``top1_agreement``. Generation: also ``cross_entropy`` and ``teacher_cross_entropy``.
+        Classification, of texts or of every token: ``kl``, ``top1_agreement``. Generation: also ``cross_entropy``
+        and ``teacher_cross_entropy``.
         """
         if not self._batches:
             return {}

@@ -183,6 +183,8 @@ def _loss(model: nn.Module, folder: ModelFolder, batch: Batch) -> Tensor:
 
         return chunked_head(states, inner.get_output_embeddings(), chunk)[0] / max(1, len(following))
     output = vectors(model, batch)
+    if folder.task == "token-classification":
+        output = output[mask.bool()]
     chooser = torch.Generator().manual_seed(SIGNS_SEED)
     signs = torch.randint(0, 2, output.shape, generator=chooser).to(output.dtype) * 2 - 1
     return (output * signs).sum(-1).mean()

@@ -128,8 +128,8 @@ class Loss:
 
     ``function`` takes ``(student, signal, mask, *parameters)``; :meth:`values` fills them in. ``unit`` says for each
     task that it fits what its values are counted by: ``predicted`` tokens (a real token with a real one before it),
-    real ``tokens``, ``examples``, or ``labelled`` examples. Its values carry the factor
-    ``temperature ** temperature_power``. ``taking(*parameters)`` says how each kind of signal is taken. ``pairwise``:
+    real ``tokens``, ``examples``, or ``labelled`` examples (for token-classification: labelled words). Its
+    values carry the factor ``temperature ** temperature_power``. ``taking(*parameters)`` says how each kind of signal is taken. ``pairwise``:
     it compares the texts of a forward pass with each other, so that processes which share the pass must see all.
     """
 
@@ -164,10 +164,19 @@ class Loss:
 _ENCODERS_AND_DECODERS: Mapping[Task, Unit] = {
     "feature-extraction": "tokens",
     "text-classification": "tokens",
+    "token-classification": "tokens",
     "text-generation": "tokens",
 }
-_LOGITS: Mapping[Task, Unit] = {"text-generation": "predicted", "text-classification": "examples"}
-_LABELS: Mapping[Task, Unit] = {"text-generation": "predicted", "text-classification": "labelled"}
+_LOGITS: Mapping[Task, Unit] = {
+    "text-generation": "predicted",
+    "text-classification": "examples",
+    "token-classification": "tokens",
+}
+_LABELS: Mapping[Task, Unit] = {
+    "text-generation": "predicted",
+    "text-classification": "labelled",
+    "token-classification": "labelled",
+}
 _VECTORS: Mapping[Task, Unit] = {"feature-extraction": "examples"}
 # The order decides in which order losses are added up, hence the last bit of a student: new ones go to the end.
 _ROWS = (

@@ -184,6 +184,8 @@ class Objective(nn.Module):
 
     def _pooled(self, output: Tensor, batch: Batch, said: Said, counts: Counts, raw: dict[str, Tensor]) -> Tensor:
         everything = torch.ones(len(output), dtype=torch.bool, device=output.device)
+        if self.task == "token-classification":
+            everything = batch["attention_mask"].bool()
         total = output.new_zeros(())
         for name, loss in self.losses.items():
             if loss.signal in INSIDE:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..artifact import TOKEN_TASKS
 from ..checkpoints import ModelFolder, load_tokenizer, open_model, save_model
 from ..errors import ResourceExhausted, UsageError
 from ..files import atomic_directory, atomic_write, hash_json, hash_tree, read_json
@@ -194,7 +195,7 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
             teacher.remember_tokens(job.train, place, cache.form, cache.temperature, progress)
         for judge in judged_by.values():
             judge.release()  # of those only the heads are still needed
-    elif objective.needs_teacher and not mapped and folder.task != "text-generation":
+    elif objective.needs_teacher and not mapped and folder.task not in TOKEN_TASKS:
         with ranks.first_goes_ahead():
             teacher.remember(job.train, job.shelf or work, progress)
 

@@ -33,8 +33,8 @@ class Said:
     """What the teacher said about one batch; a field is ``None`` where nobody asked.
 
     ``final`` [B, T, D]: states before the language-model head, ``head`` that head; or ``sparse``: top-k from the cache
-    of the N places that predict; ``vectors`` [B, D]: embeddings or class logits; ``blocks`` and ``attention``: outputs
-    and attention maps of the mapped blocks; ``relations``: queries, keys and values of the last of them.
+    of the N places that predict; ``vectors``: embeddings [B, D], class logits [B, C] or, of every token, [B, T, C];
+    ``blocks`` and ``attention``: outputs and attention maps of the mapped blocks; ``relations``: queries, keys and values of the last of them.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Said:
 
 
 def vectors(model: nn.Module, batch: Batch) -> Tensor:
-    """Embeddings [B, D] or class logits [B, C] of an encoder."""
+    """Embeddings [B, D], class logits [B, C], or those of every token [B, T, C], of an encoder."""
     output: Any = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     return output if isinstance(output, Tensor) else output.logits
 

@@ -16,7 +16,7 @@ _MESSAGE = "edgestill-puts-the-message-here"
 _JAVA = {"float32": "FLOAT", "float16": "FLOAT16", "int8": "INT8", "uint8": "UINT8"}
 _SWIFT = {"float32": "Float", "float16": "Float16"}
 _TITLES = {"text-generation": "A chat with the model", "feature-extraction": "Embeddings of texts",
-           "text-classification": "Classes of texts"}  # fmt: skip
+           "text-classification": "Classes of texts", "token-classification": "Labels of words"}  # fmt: skip
 _REQUIREMENTS = {"onnx": "onnxruntime", "gguf": "llama-cpp-python", "coreml": "coremltools"}
 _SWIFT_PACKAGES = {
     "onnx": "`microsoft/onnxruntime-swift-package-manager` (product `onnxruntime`) and "
@@ -86,6 +86,11 @@ def _check(manifest: Manifest, language: str) -> None:
     where = f"no {language} sample for {manifest.format}:{manifest.quantisation}"
     if manifest.shapes != "dynamic":
         raise Unsupported(f"{where}: its shapes are {manifest.shapes}", hint='export it with shapes = "dynamic"')
+    if manifest.task == "token-classification":
+        raise Unsupported(
+            f"{where}: samples do not put labels of tokens together to words yet",
+            hint="its output `logits [batch, length, labels]` is in the order of `labels` in artifact.json",
+        )
     if manifest.format == "gguf" and manifest.task == "text-classification":
         raise Unsupported(f"{where}: llama.cpp's bindings return no class scores", hint="export onnx or coreml")
     halves = [spec.name for spec in manifest.inputs if _is_cache(spec) and spec.dtype != "float32"]

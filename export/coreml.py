@@ -54,6 +54,8 @@ def write(
     from ..runtimes.payload_coreml import histogram
     from . import coreml_convert, coreml_package
 
+    if model.task == "token-classification":
+        raise Unsupported("Core ML: no program of a token-classification model", hint="export it to onnx")
     generates = model.task == "text-generation"
     if generates and model.architecture in _NO_PROGRAM:
         able = [name for name, row in ARCHITECTURES.items() if row.family == "decoder" and name not in _NO_PROGRAM]

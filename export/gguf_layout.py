@@ -208,6 +208,8 @@ def _unused(model: ModelFolder, shapes: dict[str, tuple[int, ...]]) -> set[str]:
 
 def _check(model: ModelFolder) -> None:
     hint = "export it to onnx or coreml"
+    if model.task == "token-classification":
+        raise Unsupported("llama.cpp has no head that labels tokens (token-classification)", hint="export it to onnx")
     if model.architecture not in GGUF_ARCHITECTURES:
         raise Unsupported(f"llama.cpp can't run {model.architecture} as we know it", hint=hint)
     if model.task == "text-classification" and model.architecture not in _HEADS:

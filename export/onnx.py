@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..architectures import supported
 from ..artifact import TensorSpec
-from ..checkpoints import ModelFolder
+from ..checkpoints import ENCODER_TASKS, ModelFolder
 from ..errors import MissingDependency, Unsupported, UsageError, nearest
 from ..progress import Progress, silent
 from ..quantisation_onnx import parse
@@ -82,7 +82,7 @@ def write(
             from .onnx_decoder import build_decoder
 
             inputs, outputs, kv_bytes = build_decoder(graph, model, length, kv_cache=config.kv_cache)
-        elif model.task in ("feature-extraction", "text-classification"):
+        elif model.task in ENCODER_TASKS:
             from .onnx_encoder import build_encoder
 
             inputs, outputs = build_encoder(graph, model, length)

@@ -183,6 +183,10 @@ class _Encoder:
             y = graph.op("Div", y, norm, name="normalize")
         return y
 
+    def label(self, x: str) -> str:
+        """``logits [batch, length, labels]``: one linear layer on every token, whatever the architecture."""
+        return self._linear(x, "classifier", "head")
+
     def classify(self, x: str) -> str:
         """``logits [batch, labels]`` by the head of the architecture, on the first token."""
         first = self.graph.op("Gather", x, self.graph.constant(0), name="first", axis=1)
@@ -213,14 +217,17 @@ def build_encoder(graph: Graph, model: ModelFolder, length: int) -> tuple[list[T
     """Add the whole encoder to ``graph``; returns inputs and outputs.
 
     ``input_ids``, ``attention_mask`` ``int64 [batch, length]`` -> ``sentence_embedding [batch, hidden]`` for
-    feature-extraction, ``logits [batch, labels]`` for text-classification, float32.
+    feature-extraction, ``logits [batch, labels]`` for text-classification, ``logits [batch, length, labels]`` for
+    token-classification, float32.
     """
     encoder = _Encoder(graph, model, length)
     x = encoder.body()
     if model.task == "feature-extraction":
         name, size, y = "sentence_embedding", model.hidden_size, encoder.pool(x)
     else:
-        name, size, y = "logits", len(model.labels), encoder.classify(x)
+        every = model.task == "token-classification"
+        name, size, y = "logits", len(model.labels), encoder.label(x) if every else encoder.classify(x)
     graph.rename(y, name)
     inputs = [TensorSpec(n, "int64", ("batch", "length")) for n in ("input_ids", "attention_mask")]
-    return inputs, [TensorSpec(name, "float32", ("batch", size))]
+    places = ("batch", "length") if model.task == "token-classification" else ("batch",)
+    return inputs, [TensorSpec(name, "float32", (*places, size))]

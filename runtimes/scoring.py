@@ -1,9 +1,9 @@
 """Compare a session with a reference on the session's side: logits come down to a few numbers a token, in numpy.
 
 A reference is a folder: ``reference.json`` (``{"task": …, …}``), ``ids.npy`` and ``mask.npy`` (int64 ``[N, T]``, right
-padded) and what the reference model said: ``logits.npy`` (float32 ``[N, T, V]`` for text-generation, ``[N, C]`` for
-text-classification) or ``embeddings.npy`` (float32 ``[N, D]``, feature-extraction). Arrays are memory-mapped, so memory
-follows one batch, not the reference.
+padded) and what the reference model said: ``logits.npy`` (float32 ``[N, T, V]`` for text-generation, ``[N, T, C]`` for
+token-classification, ``[N, C]`` for text-classification) or ``embeddings.npy`` (float32 ``[N, D]``,
+feature-extraction). Arrays are memory-mapped, so memory follows one batch, not the reference.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _REDUCE_VALUES = 1 << 21
 _SAID = {
     "text-generation": ("logits.npy", 3),
     "text-classification": ("logits.npy", 2),
+    "token-classification": ("logits.npy", 3),
     "feature-extraction": ("embeddings.npy", 2),
 }
 
@@ -72,6 +73,7 @@ def score(session: Session, reference: Path, *, batch_size: int = 8) -> dict[str
     argmax is among the session's five highest), ``logprob`` and ``reference_logprob`` (nats, of the true next token),
     ``confidence`` (probability of the session's own first choice) and ``right`` (that choice is the true next token),
     ``window`` (index). text-classification, one entry an example: ``kl``, ``top1``, ``logits [N, C]``.
+    token-classification, one entry a real token, rows in order: ``kl``, ``top1``, ``logits [n, C]``, ``window``.
     feature-extraction: ``cosine`` to the reference and ``embeddings [N, D]``.
 
     A session that says NaN gets NaN for ``kl``, ``logprob`` and ``confidence`` and no agreement. Raises
@@ -85,6 +87,8 @@ def score(session: Session, reference: Path, *, batch_size: int = 8) -> dict[str
         raise BadInput(f"the reference is for {opened.task}, the model does {info.task}", hint="make one for this task")
     if opened.task == "text-generation":
         return _score_tokens(session, opened, batch_size, info)
+    if opened.task == "token-classification":
+        return _score_labels(session, opened, batch_size, info)
     outputs = [session.forward(ids, mask) for _, ids, mask in _batches(opened, batch_size, info)]
     values = np.concatenate(outputs) if outputs else np.zeros_like(opened.said)
     _same_width(values.shape, opened.said.shape)
@@ -92,6 +96,29 @@ def score(session: Session, reference: Path, *, batch_size: int = 8) -> dict[str
         said = np.asarray(opened.said)
         return {"kl": kl_divergence(said, values), "top1": _agree(said, values), "logits": values}
     return {"cosine": _cosine(np.asarray(opened.said), values), "embeddings": values}
+
+
+def _score_labels(
+    session: Session, reference: Reference, batch_size: int, info: SessionInfo
+) -> dict[str, npt.NDArray[Any]]:
+    classes = reference.said.shape[2]
+    said, got, windows = [], [], []
+    for first, ids, mask in _batches(reference, batch_size, info):
+        logits = session.forward(ids, mask)
+        _same_width(logits.shape, (*ids.shape, classes))
+        real = mask == 1
+        said.append(np.asarray(reference.said[first : first + len(ids), : ids.shape[1]])[real])
+        got.append(logits[real])
+        windows.append(first + np.nonzero(real)[0])
+    if not got:
+        raise BadInput("the reference has no token", hint="make it again")
+    theirs, ours = np.concatenate(said), np.concatenate(got)
+    return {
+        "kl": kl_divergence(theirs, ours),
+        "top1": _agree(theirs, ours),
+        "logits": ours,
+        "window": np.concatenate(windows),
+    }
 
 
 def _score_tokens(

@@ -293,6 +293,8 @@ def _check_output(output: Any, ids: Any, info: SessionInfo) -> None:
     expected: tuple[int, ...] = (len(ids),)
     if info.task == "text-generation":
         expected = (*ids.shape, info.vocab_size)
+    elif info.task == "token-classification" and output.ndim == 3:
+        expected = (*ids.shape, output.shape[2])
     elif output.ndim == 2:
         expected = (len(ids), output.shape[1])
     if output.dtype != np.float32 or output.shape != expected:

@@ -76,9 +76,9 @@ class Session(Protocol):
     def forward(self, ids: Ints, attention_mask: Ints) -> Floats:
         """Run ``ids [B, T]`` with ``attention_mask [B, T]`` (1 real, 0 padding on the right).
 
-        Returns float32 ``[B, T, V]`` logits (text-generation; rows of padding are unspecified), ``[B, C]`` logits
-        (text-classification) or ``[B, D]`` embeddings, pooled and normalised as the artifact says
-        (feature-extraction).
+        Returns float32 ``[B, T, V]`` logits (text-generation), ``[B, T, C]`` logits (token-classification;
+        in both rows of padding are unspecified), ``[B, C]`` logits (text-classification) or ``[B, D]`` embeddings,
+        pooled and normalised as the artifact says (feature-extraction).
         """
         ...
 

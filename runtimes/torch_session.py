@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..artifact import CLASS_TASKS
 from ..checkpoints import load_torch, open_model
 from ..errors import MissingDependency, Unsupported, WorkerError
 from .session import DecodedToken, SessionInfo, SessionOptions
@@ -70,7 +71,7 @@ class TorchSession:
             if self._info.task == "text-generation":
                 positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
                 output = model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
-            elif self._info.task == "text-classification":
+            elif self._info.task in CLASS_TASKS:
                 output = model(tokens, attention_mask=mask).logits
             else:
                 output = model(tokens, mask)

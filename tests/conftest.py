@@ -123,6 +123,26 @@ def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_tagger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT that labels tokens with three labels: 3 layers, hidden 32."""
+    import torch
+    from transformers import BertConfig, BertForTokenClassification
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-tagger"
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=_wordpiece(folder), hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=64, id2label={0: "O", 1: "B-PER", 2: "I-PER"},
+        label2id={"O": 0, "B-PER": 1, "I-PER": 2},
+    )  # fmt: skip
+    model = BertForTokenClassification(config)
+    _no_layer_is_idle(model)
+    torch.nn.init.normal_(model.classifier.weight, std=0.5)  # else all labels look alike
+    model.save_pretrained(folder)
+    return _describe(folder, task="token-classification", max_length=64, labels=["O", "B-PER", "I-PER"])
+
+
+@pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama decoder: 4 layers, hidden 64, 4 heads over 2 KV heads, tied embeddings, byte-level BPE."""
     import torch

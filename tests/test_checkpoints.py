@@ -305,7 +305,7 @@ def test_chat_template_survives(tiny_llama: Path, tmp_path: Path) -> None:
         ({"model_type": "mamba"}, Unsupported, "unsupported architecture 'mamba'.*supported: bert, "),
         ({"model_type": None}, Unsupported, "unsupported architecture None"),
         ({"model_type": "evil", "auto_map": {"AutoModel": "evil.Model"}}, Unsupported, "own Python code.*never run"),
-        ({"architectures": ["BertForTokenClassification"]}, Unsupported, "token-classification, which edgestill"),
+        ({"architectures": ["BertForQuestionAnswering"]}, Unsupported, "question-answering, which edgestill"),
         ({"quantization_config": {"bits": 4}}, Unsupported, "quantised"),
         ({"num_hidden_layers": 10**9}, BadInput, "says 1000000000 layers, the weights hold 4"),
         ({"num_hidden_layers": 10**12}, BadInput, "num_hidden_layers is 1000000000000"),

@@ -11,7 +11,7 @@ from edgestill.inspection import inspect_model
 from edgestill.recipe import load_recipe
 
 
-@pytest.mark.parametrize("model", ["tiny_bert", "tiny_classifier", "tiny_llama"])
+@pytest.mark.parametrize("model", ["tiny_bert", "tiny_classifier", "tiny_tagger", "tiny_llama"])
 def test_a_recipe_for_any_model(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder: Path = request.getfixturevalue(model)
     path = init_recipe(InitConfig(folder, out=tmp_path / "r.toml"))
@@ -54,7 +54,7 @@ def test_distilling_needs_text_and_layers_that_exist(tiny_bert: Path, tmp_path: 
         init_recipe(InitConfig(tiny_bert, out=tmp_path / "r.toml", distill=9, text=tiny_bert / "config.json"))
 
 
-@pytest.mark.parametrize("model", ["tiny_bert", "tiny_classifier", "tiny_llama"])
+@pytest.mark.parametrize("model", ["tiny_bert", "tiny_classifier", "tiny_tagger", "tiny_llama"])
 def test_inspection_agrees_with_the_opened_folder(model: str, request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(model)
     found, opened = inspect_model(folder), open_model(folder)

@@ -140,6 +140,7 @@ def calibration_plots(run: RunFacts, measurements: Sequence[Measurement]) -> lis
         errors = ", ".join(f"{name.replace('-', ' ')} {subjects[name][1]:.2%}" for name in names)
         what = {
             "text-generation": "of the next token", "text-classification": "of the class",
+            "token-classification": "of a word's label",
             "feature-extraction": "of a linear probe",
         }[run.task]  # fmt: skip
         caption = f"Confidence {what} against how often it is right, bins of equal mass. ECE: {errors}."

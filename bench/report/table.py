@@ -28,11 +28,13 @@ _TITLES = {
 _SECONDARY: Mapping[Task, tuple[str, ...]] = {
     "feature-extraction": ("accuracy",),
     "text-classification": ("top1_agreement", "kl"),
+    "token-classification": ("top1_agreement", "kl"),
     "text-generation": ("top1_agreement", "perplexity_ratio"),
 }
 _COST: Mapping[Task, tuple[str, ...]] = {
     "feature-extraction": ("latency_ms", "peak_memory_bytes", "load_ms"),
     "text-classification": ("latency_ms", "peak_memory_bytes", "load_ms"),
+    "token-classification": ("latency_ms", "peak_memory_bytes", "load_ms"),
     "text-generation": ("decode_tokens_per_s", "prefill_tokens_per_s", "peak_memory_bytes"),
 }
 

@@ -47,6 +47,12 @@ def classifier(tiny_classifier: Path, tmp_path_factory: pytest.TempPathFactory) 
     return _enliven(tiny_classifier, tmp_path_factory.mktemp("lively") / "classifier")
 
 
+@pytest.fixture(scope="session")
+def tagger(tiny_tagger: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny_tagger (3 layers, labels O, B-PER, I-PER) with lively weights."""
+    return _enliven(tiny_tagger, tmp_path_factory.mktemp("lively") / "tagger")
+
+
 def _bert() -> Any:
     from transformers import BertConfig, BertModel
 

@@ -18,7 +18,7 @@ def _text(sentences: list[str], count: int = 12) -> Calibration:
     return Calibration(tuple(sentences[:count]), 32)
 
 
-@pytest.mark.parametrize("fixture", ["encoder", "tiny_llama", "classifier"])
+@pytest.mark.parametrize("fixture", ["encoder", "tiny_llama", "classifier", "tagger"])
 def test_block_influence_and_activations_equal_a_loop_over_single_texts(fixture, request, sentences):
     folder = open_model(request.getfixturevalue(fixture))
     batches = _text(sentences).batches(folder)
@@ -118,7 +118,7 @@ def test_taylor_is_the_first_order_change_of_the_loss(tiny_llama: Path, sentence
 
 
 @pytest.mark.parametrize("taylor", [False, True])
-@pytest.mark.parametrize("fixture", ["encoder", "tiny_llama", "classifier"])
+@pytest.mark.parametrize("fixture", ["encoder", "tiny_llama", "classifier", "tagger"])
 def test_scores_are_the_same_each_time(fixture, taylor, request, sentences):
     folder = open_model(request.getfixturevalue(fixture))
     first, second = (measure_importance(folder, _text(sentences).batches(folder), taylor=taylor) for _ in range(2))

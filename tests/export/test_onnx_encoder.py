@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from edgestill.checkpoints import load_torch
+from edgestill.errors import Unsupported
 from edgestill.export import export
 from edgestill.recipe import ExportConfig
 from edgestill.runtimes.ort_session import OrtSession
@@ -39,7 +40,8 @@ def _save(kind: str, task: str, folder: Path, tokenizer: Path, **facts: Any) -> 
     torch.manual_seed(3)
     name, sizes = CLASSES[kind]
     config = getattr(transformers, f"{name}Config")(**sizes)
-    head = "Model" if task == "feature-extraction" else "ForSequenceClassification"
+    head = {"feature-extraction": "Model", "text-classification": "ForSequenceClassification",
+            "token-classification": "ForTokenClassification"}[task]  # fmt: skip
     model = getattr(transformers, f"{name}{head}")(config)
     for parameter in model.parameters():
         if parameter.dim() == 1:  # else biases are 0 and norms 1, and a forgotten one would not be seen
@@ -87,6 +89,24 @@ def test_logits_of_every_architecture(kind: str, tiny_bert: Path, tmp_path: Path
     got = _onnx(folder, tmp_path / "a", ids, mask)
     assert got.shape == (3, 3)
     np.testing.assert_allclose(got, _torch(folder, ids, mask), atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(CLASSES))
+def test_labels_of_tokens_of_every_architecture(kind: str, tiny_bert: Path, tmp_path: Path) -> None:
+    folder = _save(kind, "token-classification", tmp_path / "m", tiny_bert)
+    ids, mask = _batch()
+    got = _onnx(folder, tmp_path / "a", ids, mask)
+    assert got.shape == (3, 20, 3)
+    real = mask == 1
+    np.testing.assert_allclose(got[real], _torch(folder, ids, mask)[real], atol=2e-5)
+
+
+@pytest.mark.parametrize(("to", "missing"), [("gguf:f32", "llama.cpp has no head"), ("coreml:fp16", "Core ML: no")])
+def test_formats_that_label_no_tokens_say_which_one_does(to: str, missing: str, tiny_tagger: Path, tmp_path: Path):
+    with pytest.raises(Unsupported, match=f"{missing}.*token-classification.*") as error:
+        export(tiny_tagger, tmp_path / "a", ExportConfig(to=to))
+    assert error.value.hint == "export it to onnx"
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(("pooling", "normalize"), [("cls", True), ("last", False), ("mean", False)])

@@ -161,6 +161,26 @@ def test_classification(tmp_path):
     np.testing.assert_array_equal(result["logits"], got)
 
 
+def test_labels_of_tokens(tmp_path):
+    """Real tokens only, row by row, however the batches are cut; padding may hold anything."""
+    rng = np.random.default_rng(3)
+    said, got = rng.normal(size=(2, 3, 5, 4)).astype(np.float32)
+    ids = np.tile(np.arange(3)[:, None], (1, 5))
+    mask = (np.arange(5) < np.array([[2], [5], [3]])).astype(np.int64)
+    folder = write(tmp_path / "ref", "token-classification", said, ids, mask)
+    said[0, 2:] = got[0, 2:] = np.nan
+    for size in (1, 2, 8):
+        result = score(Table("token-classification", got), folder, batch_size=size)
+        places = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 0), (2, 1), (2, 2)]
+        wanted = [
+            rel_entr(softmax(said[place].astype(float)), softmax(got[place].astype(float))).sum() for place in places
+        ]
+        np.testing.assert_allclose(result["kl"], wanted, rtol=1e-9)
+        assert result["window"].tolist() == [row for row, _ in places]
+        assert result["top1"].tolist() == [said[place].argmax() == got[place].argmax() for place in places]
+        np.testing.assert_array_equal(result["logits"], np.stack([got[place] for place in places]))
+
+
 def test_embeddings(tmp_path):
     rng = np.random.default_rng(2)
     said, got = rng.normal(size=(2, 5, 6)).astype(np.float32)
