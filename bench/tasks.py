@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BadInput
+from ..errors import BadInput, RecipeError
 from ..progress import Progress, silent
 from .fidelity import Estimate, expected_calibration_error, mean_estimate, softmax
 from .records import Summary
@@ -51,7 +51,13 @@ def make_task_reference(
     """
     from ..checkpoints import open_model
 
-    probes = open_model(model).task == "feature-extraction"
+    folder = open_model(model)
+    if folder.task == "token-classification":
+        raise RecipeError(
+            f"[[data.task]] {data.name} labels whole texts, and {model.name} labels their tokens",
+            hint="leave it out: this model is judged against its teacher on [[data.text]]",
+        )
+    probes = folder.task == "feature-extraction"
     train = data.train if probes else ()
     if probes and not train:
         raise BadInput(f"{data.name}: a probe needs training examples", hint="set `train` in the [[data.task]]")

@@ -156,6 +156,11 @@ def prepare(
     texts = data.split("train")
     check_teachers(folder, others, config, texts[:200])
     labels = [-100] * len(texts)
+    if folder.task == "token-classification" and "cross_entropy" in losses:
+        raise RecipeError(
+            "loss 'cross_entropy' for token-classification needs labelled words, which no recipe can hold yet",
+            hint="use forward_kl: the teacher labels every token of plain text",
+        )
     if folder.task == "text-classification" and "cross_entropy" in losses:
         for text, label in _labelled(folder, data):
             texts.append(text)

@@ -128,9 +128,10 @@ class Loss:
 
     ``function`` takes ``(student, signal, mask, *parameters)``; :meth:`values` fills them in. ``unit`` says for each
     task that it fits what its values are counted by: ``predicted`` tokens (a real token with a real one before it),
-    real ``tokens``, ``examples``, or ``labelled`` examples (for token-classification: labelled words). Its
-    values carry the factor ``temperature ** temperature_power``. ``taking(*parameters)`` says how each kind of signal is taken. ``pairwise``:
-    it compares the texts of a forward pass with each other, so that processes which share the pass must see all.
+    real ``tokens``, ``examples``, or ``labelled`` examples (for token-classification: labelled words). Its values carry
+    the factor ``temperature ** temperature_power``. ``taking(*parameters)`` says how each kind of signal is taken.
+    ``pairwise``: it compares the texts of a forward pass with each other, so that processes which share the pass must
+    see all.
     """
 
     name: str

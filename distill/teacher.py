@@ -34,7 +34,8 @@ class Said:
 
     ``final`` [B, T, D]: states before the language-model head, ``head`` that head; or ``sparse``: top-k from the cache
     of the N places that predict; ``vectors``: embeddings [B, D], class logits [B, C] or, of every token, [B, T, C];
-    ``blocks`` and ``attention``: outputs and attention maps of the mapped blocks; ``relations``: queries, keys and values of the last of them.
+    ``blocks`` and ``attention``: outputs and attention maps of the mapped blocks; ``relations``: queries, keys and
+    values of the last of them.
     """
 
     def __init__(

@@ -30,6 +30,11 @@ def bert_reference(tiny_bert, sentences, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def tagger_reference(tiny_tagger, sentences, tmp_path_factory):
+    return make_reference(tiny_tagger, tmp_path_factory.mktemp("tagger") / "r", texts=sentences[:24], threads=1)
+
+
+@pytest.fixture(scope="module")
 def llama_reference(tiny_llama, documents, tmp_path_factory):
     out = tmp_path_factory.mktemp("llama") / "r"
     return make_reference(tiny_llama, out, texts=documents, window=48, threads=1)
@@ -335,3 +340,24 @@ def test_the_identity_of_the_payload_stands_in_the_verdict(bert_fp32, tiny_bert,
     )
     assert verdict.artifact_id == manifest.artifact_id == artifact_id(manifest.files)
     assert verdict.subject == "onnx-fp32"
+
+
+@pytest.mark.parametrize("quantisation", ["fp32", "int8"])
+def test_labels_of_tokens_are_verified_and_a_shifted_head_is_found(
+    tiny_tagger, tagger_reference, tmp_path, quantisation
+):
+    folder = export(tiny_tagger, tmp_path / "a", ExportConfig(to=f"onnx:{quantisation}")).path
+    found = judge(folder, tiny_tagger, tagger_reference, tmp_path / "w",
+                  teacher_references={"text": tagger_reference})  # fmt: skip
+    assert not failures(found.verdict)
+    names = {check.name for check in found.verdict.checks}
+    assert {"faithful", "faithful_top1", "padding_parity", "longest_context", "kl_to_student"} <= names
+    if quantisation == "fp32":
+
+        def turn(state):
+            state["classifier.weight"] = np.roll(state["classifier.weight"], 1, axis=0).copy()
+
+        wrong = export(
+            sabotage_model(tiny_tagger, tmp_path / "wrong", turn), tmp_path / "b", ExportConfig(to="onnx:fp32")
+        )
+        assert failures(judge(wrong.path, tiny_tagger, tagger_reference, tmp_path / "w2").verdict)

@@ -93,6 +93,8 @@ def test_a_folder_of_transformers_becomes_a_teacher(tiny_tagger: Path, tmp_path:
 def test_what_does_not_fit_is_one_clear_line(tagger: Path, tmp_path: Path, data: DataSets):
     with pytest.raises(RecipeError, match="'embedding_cosine' does not fit the task token-classification"):
         _run(tagger, tmp_path, data, _config({"embedding_cosine": 1.0}))
+    with pytest.raises(RecipeError, match="'cross_entropy' for token-classification needs labelled words"):
+        _run(tagger, tmp_path, data, _config({"forward_kl": 0.5, "cross_entropy": 0.5}))
     with pytest.raises(RecipeError, match="next token, and the task is token-classification") as error:
         _run(tagger, tmp_path, data, _config({"forward_kl": 1.0}, cache=CacheConfig()))
     assert "asked live" in str(error.value.hint)
