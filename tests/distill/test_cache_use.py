@@ -52,7 +52,7 @@ def test_what_needs_more_is_refused_with_the_reason(name: str, reason: str):
 
 
 def test_encoders_have_no_token_cache():
-    with pytest.raises(RecipeError, match="keeps answers for tokens, and the task is feature-extraction"):
+    with pytest.raises(RecipeError, match="keeps answers about the next token, and the task is feature-extraction"):
         _use("embedding_cosine", task="feature-extraction")
 
 
