@@ -124,13 +124,18 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn "no space left" into :class:`ResourceExhausted` naming the file system of ``path``."""
+    """Turn "no space left" and "file too large" into :class:`ResourceExhausted` naming ``path``."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceExhausted(
                 f"no space left while writing {path}", hint="free some room, then run the same command again"
+            ) from error
+        if error.errno == errno.EFBIG:
+            raise ResourceExhausted(
+                f"a file outgrew what may be written while writing {path}",
+                hint="raise the limit (ulimit -f), or choose a file system for files of this size",
             ) from error
         raise
 

@@ -64,6 +64,7 @@ def export(
 
     folder = open_model(model)
     writer.check_room(out, 2 * folder.size_bytes + (64 << 20))
+    writer.check_model(folder)
     budget = config.parsed
     chosen: Chosen | None = None
     if isinstance(budget, Budget):
@@ -83,6 +84,8 @@ def export(
         progress(f"{config.variant}: sealing")
         writer.copy_companions(folder, temporary)
         write_tensors(temporary, draft.tensors)
+        chats = folder.task != "text-generation" or writer.has_chat_template(folder)
+        lacking = "" if chats else "; no chat template"
         sealed = seal_artifact(
             temporary,
             Manifest(
@@ -95,7 +98,7 @@ def export(
                 shapes=draft.shapes,
                 max_length=draft.max_length,
                 vocab_size=folder.vocab_size,
-                contents=chosen.note if chosen else draft.contents,
+                contents=(chosen.note if chosen else draft.contents) + lacking,
                 dtype_histogram=draft.dtype_histogram,
                 minimum_runtime=draft.minimum_runtime,
                 lineage={

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import EdgestillError
+from ..errors import EdgestillError, ResourceExhausted
 from ..runtimes.milproto import import_coremltools
 from ..torch_models import quiet as transformers_quiet
 from .coreml_programs import DecoderProgram, EncoderProgram
@@ -79,6 +80,11 @@ def _convert(program: Any, example: tuple[Any, ...], precision: Precision, half:
             )
         except (NotImplementedError, RuntimeError, ValueError, TypeError, KeyError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if "FileWriter" in reason:  # its name for any failure to write weights
+                raise ResourceExhausted(
+                    f"coremltools could not write the weights below {tempfile.gettempdir()}: {reason}",
+                    hint="free some room there, or set TMPDIR to a folder that has it",
+                ) from error
             raise EdgestillError(
                 f"coremltools {ct.__version__} can't convert the model: {reason}", hint="export to ONNX or GGUF"
             ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..artifact import Histogram, StoredTensor, TensorSpec
-from ..errors import BadInput, Unsupported
-from ..grids import GGML_GRIDS, quantise
+from ..errors import Unsupported
+from ..grids import GGML_GRIDS, ggml_size, quantise
 from ..progress import Progress
 from ..quantisation_gguf import FILE_TYPES, parse
 from ..runtimes.ggml_api import quantise_rows, requires_importance
@@ -174,8 +173,6 @@ def _encode(
     name: str, grid: str, piece: Floats, weight: Floats | None, threads: int, own: Encode | None
 ) -> npt.NDArray[Any]:
     """The stored bytes of some rows of the parameter ``name``."""
-    if not np.isfinite(piece).all():
-        raise BadInput(f"{name} holds NaN or infinite weights", hint="train or convert the model again")
     if own is not None:
         return own(name, grid, piece)
     if grid == "f32":
@@ -208,17 +205,20 @@ def _output(model: ModelFolder) -> TensorSpec:
 def _contents(kind: str, grid: str, tensors: Mapping[str, GgufTensor], histogram: Mapping[str, Histogram]) -> str:
     """What is really inside: a label like Q4_K_M is a wish, and tensors with odd rows get another type.
 
-    ``"Q4_K_M: 272 tensors: 30 q4_k, …; 180 fell back (180 to q5_0): row size not divisible by 256"``
+    ``"Q4_K_M: 272 tensors: 30 q4_k, …; 180 fell back (180 to q5_0, 61.05 MB): row size not divisible by 256"``
     """
     found = ", ".join(f"{row.tensors} {name}" for name, row in histogram.items())
     label = f"{kind.upper()}: {len(tensors)} tensors: {found}"
     block = GGML_GRIDS[grid].elements
-    fallen = Counter(
-        tensor.grid
-        for tensor in tensors.values()
-        if tensor.grid not in ("f32",) and tensor.shape[-1] % block and GGML_GRIDS[tensor.grid].elements < block
-    )
+    fallen: dict[str, list[tuple[int, ...]]] = {}
+    for tensor in tensors.values():
+        if tensor.grid != "f32" and tensor.shape[-1] % block and GGML_GRIDS[tensor.grid].elements < block:
+            fallen.setdefault(tensor.grid, []).append(tensor.shape)
     if fallen:
-        where = " and ".join(f"{count} to {name}" for name, count in sorted(fallen.items()))
-        label += f"; {sum(fallen.values())} fell back ({where}): row size not divisible by {block}"
+        where = " and ".join(
+            f"{len(shapes)} to {name}, {sum(ggml_size(name, shape) for shape in shapes) / 1e6:,.2f} MB"
+            for name, shapes in sorted(fallen.items())
+        )
+        count = sum(map(len, fallen.values()))
+        label += f"; {count} fell back ({where}): row size not divisible by {block}"
     return label

@@ -7,7 +7,7 @@ with :mod:`edgestill.grids` on the way, one tensor in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +146,18 @@ def describe(quantisation: str, graph: Graph) -> str:
     for tensor in matrices:
         counts[tensor.grid] = counts.get(tensor.grid, 0) + 1
     parts = [f"{grid} ({count} of {len(matrices)} weight matrices)" for grid, count in sorted(counts.items())]
-    return f"{quantisation}: " + ", ".join(parts)
+    return f"{quantisation}: " + ", ".join(parts) + "".join(_fallen(graph))
+
+
+def _fallen(graph: Graph) -> Iterator[str]:
+    """What rows of an odd length led to: ``"; 3 fell back to blocks of 32 (1.20 MB): rows not divisible by 128"``."""
+    groups: dict[tuple[int, int, bool], list[int]] = {}
+    for asked, taken, filled, size_bytes in graph.fallen:
+        groups.setdefault((asked, taken, filled), []).append(size_bytes)
+    for (asked, taken, filled), sizes in sorted(groups.items()):
+        what = f"fell back to blocks of {taken}" if taken != asked else f"stored in blocks of {taken}"
+        filling = ", the last of a row filled up" if filled else ""
+        yield f"; {len(sizes)} {what}{filling} ({sum(sizes) / 1e6:,.2f} MB): rows not divisible by {asked}"
 
 
 def minimum_runtime(scheme: Scheme) -> str:

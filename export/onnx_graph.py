@@ -53,6 +53,9 @@ class Graph:
         self.scheme = scheme
         self.nodes: list[Any] = []
         self.tensors: list[StoredTensor] = []
+        self.fallen: list[tuple[int, int, bool, int]] = []
+        """Of matrices whose rows the wished block does not divide: that block, the one taken, whether the last of a
+        row is filled up, and the bytes of the codes."""
         self._spool = spool
         self._names: dict[str, int] = {}
         self._cache: dict[tuple[str, ...], str] = {}
@@ -246,6 +249,8 @@ class Graph:
             self._spool.add(scales, found.astype(np.float16) if _fits_half(found, kind) else found)
             if zeros:
                 self._spool.add(zeros, pack_bits(np.concatenate(middles), kind.bits))
+            if k % kind.block:
+                self.fallen.append((kind.block, block, k % block != 0, n * blocks * block * kind.bits // 8))
             cut = () if blocks * block == k else (("slice", 1, 0, k),)
             grid_name = f"int{kind.bits}-b{block}{_suffix(kind, moment is not None)}"
             rows = [self.weights.shape(name)[0] for name in names]

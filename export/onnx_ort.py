@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ..errors import EdgestillError, MissingDependency, Unsupported
+from ..errors import EdgestillError, MissingDependency, ResourceExhausted, Unsupported
 
 __all__ = ["CONFIG_FILE", "ORT_FILE", "canonical", "write_ort"]
 
@@ -51,6 +51,10 @@ def write_ort(folder: Path, entry: str) -> str:
         onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base
         reason = str(error).strip().splitlines()[0][:300]
+        if "Failed to save" in reason:
+            raise ResourceExhausted(
+                f"onnxruntime could not save {target}", hint="free some room, then run the same command again"
+            ) from error
         raise EdgestillError(f"onnxruntime can't write {ORT_FILE}: {reason}", hint="leave ort out") from error
     canonical(target)
     _write_config(target, folder / CONFIG_FILE)

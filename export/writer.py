@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from ..checkpoints import ModelFolder
     from ..recipe import ExportConfig
 
-__all__ = ["PIECE_VALUES", "Draft", "Weights", "check_room", "context_length", "copy_companions", "versions"]
+__all__ = ["PIECE_VALUES", "Draft", "Weights", "check_model", "check_room", "context_length", "copy_companions",
+           "has_chat_template", "versions"]  # fmt: skip
 
 Floats = npt.NDArray[np.float32]
 
@@ -113,7 +114,7 @@ class Weights:
 
     def pieces(self, name: str, values: int = PIECE_VALUES) -> Iterator[Floats]:
         """The parameter's rows from the first to the last, as many at a time as hold about ``values`` numbers."""
-        rows, *rest = self.shape(name)
+        rows, *rest = self.shape(name) or (1,)
         step = max(1, values // max(1, math.prod(rest)))
         for begin in range(0, rows, step):
             yield self.rows(name, begin, begin + step)
@@ -135,6 +136,43 @@ def context_length(model: ModelFolder, config: ExportConfig, most: int | None = 
             hint=f"set context_length = {model.max_length} or less, or leave it out",
         )
     return config.context_length or min(model.max_length, most or model.max_length)
+
+
+def check_model(model: ModelFolder) -> None:
+    """Before anything is written: every weight is finite, and the tokenizer makes no id that the model has no row for.
+
+    Fewer tokens than rows are fine: tables are often filled up. Raises :class:`BadInput`, naming the parameter or id.
+    """
+    weights = Weights(model.path)
+    for name in weights:
+        for _ in weights.pieces(name):  # refuses what is not finite
+            pass
+    largest = _largest_id(model.path / "tokenizer.json")
+    if largest >= model.vocab_size:
+        raise BadInput(
+            f"{model.path}: the tokenizer has id {largest}, the model {model.vocab_size} tokens",
+            hint="tokenizer and weights are not of the same model",
+        )
+
+
+def _largest_id(path: Path) -> int:
+    """The largest id in a ``tokenizer.json``, added tokens included."""
+    spec = read_json(path)
+    try:
+        vocabulary, added = spec["model"]["vocab"], spec.get("added_tokens") or []
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))  # Unigram: a list
+        return max(max(ids, default=-1), *(int(token["id"]) for token in added), -1)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise BadInput(f"{path} is not a tokenizer", hint="save the model's fast tokenizer again") from None
+
+
+def has_chat_template(model: ModelFolder) -> bool:
+    """Whether an app can render a conversation for this model."""
+    config = model.path / "tokenizer_config.json"
+    inside = read_json(config) if config.is_file() else {}
+    return (model.path / "chat_template.jinja").is_file() or bool(
+        isinstance(inside, dict) and inside.get("chat_template")
+    )
 
 
 def check_room(out: Path, need_bytes: int) -> None:
