@@ -191,7 +191,7 @@ def test_an_embedding_that_is_only_looked_up_has_no_importance(
 ) -> None:
     monkeypatch.setenv("EDGESTILL_CACHE", str(tmp_path / "cache"))
     (tmp_path / "a").mkdir()
-    with pytest.raises(Unsupported, match="embed_tokens.weight can't be iq2_xxs"):
+    with pytest.raises(Unsupported, match=r"embed_tokens\.weight can't be iq2_xxs"):
         gguf.write(open_model(models["wide"]), tmp_path / "a", ExportConfig(to="gguf:q4_0"), sentences[:2], silent,
                    types={"model.embed_tokens.weight": "iq2_xxs"})  # fmt: skip
 
