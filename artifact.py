@@ -304,7 +304,7 @@ def _parse(path: Path) -> Manifest:
                 "inputs": _specs(raw["inputs"]),
                 "outputs": _specs(raw["outputs"]),
                 "labels": tuple(raw.get("labels", ())),
-                "files": tuple(FileEntry(str(f["path"]), str(f["sha256"]), int(f["size_bytes"])) for f in raw["files"]),
+                "files": tuple(_file(row) for row in raw["files"]),
                 "dtype_histogram": {name: Histogram(**row) for name, row in raw["dtype_histogram"].items()},
             }
         )
@@ -312,6 +312,13 @@ def _parse(path: Path) -> Manifest:
         return manifest
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BadInput(f"{path} is not an artifact description: {error}", hint="export it again") from None
+
+
+def _file(row: Mapping[str, Any]) -> FileEntry:
+    size = row["size_bytes"]
+    if type(size) is not int or size < 0:  # JSON as Python reads it has infinities too
+        raise TypeError(f"size_bytes is {size!r:.80}, not a number of bytes")
+    return FileEntry(str(row["path"]), str(row["sha256"]), size)
 
 
 def _check_types(manifest: Manifest) -> None:

@@ -60,6 +60,7 @@ __all__ = [
 FACTS_FILE = "edgestill.json"
 WEIGHTS_FILE = "model.safetensors"
 SCHEMA_VERSION = 1
+_DERIVED_SIZES = ("num_key_value_heads", "head_dim")
 
 # Bytes of one element, for every dtype that safetensors can hold.
 _ITEM_BYTES = {
@@ -231,9 +232,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_numbers(config: Mapping[str, Any], row: Architecture, where: Path) -> None:
-    """Every size of the architecture is in the config, a positive whole number: else :class:`BadInput`."""
-    for key in row.size_keys:
+    """Every size of the architecture is in the config, a positive whole number: else :class:`BadInput`. The sizes that
+    follow from others may be absent or null."""
+    for key in (*row.size_keys, *_DERIVED_SIZES):
         value = config.get(key)
+        if value is None and key not in row.size_keys:
+            continue
         if type(value) is not int or not 0 < value < 1 << 31:
             shown = repr(value)[:80]
             raise BadInput(f"{where / 'config.json'}: {key} is {shown}", hint="expected a positive whole number")

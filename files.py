@@ -89,6 +89,10 @@ def safe_join(root: Path, relative: str) -> Path:
         raise BadInput(f"unsafe path {relative!r} inside {root}", hint="a path must stay inside its folder")
     if any(len(part.encode(errors="surrogatepass")) > 255 for part in pure.parts) or len(relative) > _LONGEST_PATH:
         raise BadInput(f"a path of {len(relative)} characters inside {root}", hint="no file system holds such a name")
+    try:
+        os.fsencode(relative)
+    except UnicodeEncodeError:  # JSON may hold half of a surrogate pair
+        raise BadInput(f"unsafe path {relative!r} inside {root}", hint="a path must be text that encodes") from None
     joined = root.joinpath(*pure.parts)
     if not _real(joined).is_relative_to(_real(root)):
         raise BadInput(f"path {relative!r} leaves {root} through a link", hint="replace the link with the file")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,12 @@ def test_every_change_of_the_payload_is_noticed(tmp_path: Path) -> None:
         r"artifact\.json does not exist": lambda f: (f / "artifact.json").unlink(),
         "unsafe path": lambda f: change(
             f / "artifact.json", files=[{"path": "../../etc/passwd", "sha256": "", "size_bytes": 1}]
+        ),
+        "size_bytes is inf": lambda f: change(
+            f / "artifact.json", files=[{"path": "model.onnx", "sha256": "", "size_bytes": math.inf}]
+        ),
+        "size_bytes is 1.5": lambda f: change(
+            f / "artifact.json", files=[{"path": "model.onnx", "sha256": "", "size_bytes": 1.5}]
         ),
     }
     for number, (message, damage) in enumerate(cases.items()):

@@ -77,7 +77,7 @@ def test_canonical_json_refuses_nan() -> None:
         canonical_json(float("nan"))
 
 
-@pytest.mark.parametrize("path", ["..", "../a", "a/../../b", "/a", "", "a\\b", "a\0b"])
+@pytest.mark.parametrize("path", ["..", "../a", "a/../../b", "/a", "", "a\\b", "a\0b", "\ud800"])
 def test_unsafe_paths(path: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="unsafe path"):
         safe_join(tmp_path, path)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from edgestill.checkpoints import open_model
-from edgestill.errors import UsageError
+from edgestill.errors import BadInput, UsageError
 from edgestill.init import DEFAULT_VARIANTS, InitConfig, init_recipe
 from edgestill.inspection import inspect_model
 from edgestill.recipe import load_recipe
@@ -61,3 +63,19 @@ def test_inspection_agrees_with_the_opened_folder(model: str, request: pytest.Fi
     for name in ("architecture", "task", "layers", "hidden_size", "vocab_size", "max_length", "parameters", "pooling"):
         assert getattr(found, name) == getattr(opened, name), name
     assert found.student_parameters(found.layers) == found.parameters
+
+
+@pytest.mark.parametrize("key", ["num_key_value_heads", "head_dim"])
+@pytest.mark.parametrize("value", [[0], {}, "0", 0, True, 2**31])
+def test_sizes_that_follow_from_others_are_checked_where_they_are_given(
+    key: str, value: object, tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "m"))
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, key: None}))
+    assert inspect_model(folder).layers == inspect_model(tiny_llama).layers
+    path.write_text(json.dumps({**config, key: value}))
+    for look in (inspect_model, open_model):
+        with pytest.raises(BadInput, match=f"{key} is"):
+            look(folder)
