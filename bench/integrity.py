@@ -25,6 +25,7 @@ __all__ = [
     "NASTY_TEXTS",
     "WeightError",
     "check_histogram",
+    "check_sizes",
     "check_tokenizer",
     "check_weights",
     "weight_error",
@@ -39,7 +40,9 @@ NASTY_TEXTS = (
     "[CLS] [SEP] [MASK] <s> </s> <|endoftext|> <|im_start|>user", "3.14159 1,000,000 0x1F 2026-11-24",
     "don't can't I'll they've", "!?#$%&*()_+-=[]{}|;:'\",.<>/\\`~", "\x00\x07\x1b", "", " ", "\n",
     "https://example.org/a?b=c&d=e#f user@example.org", "CamelCaseWord snake_case_word kebab-case",
-    "ｆｕｌｌｗｉｄｔｈ",
+    "ｆｕｌｌｗｉｄｔｈ", "def f(x):\n    return {**x, 'a': [1, 2][0] or 3.5e-7}  # y != z\n\tpass\n",
+    "for (int i = 0; i < n; ++i) {\r\n\t*p->next = &a[i] << 2;\r\n}\r\n",
+    "<a href='x'>&nbsp;</a> <!-- --> $HOME \\n %s",
 )  # fmt: skip
 
 
@@ -217,6 +220,24 @@ def _off_the_nearest(wide: Doubles, near: Doubles, limit: GridLimit) -> float:
             slack = np.abs(part) * 2.0**-10 + 2.0**-24
             worst = max(worst, float(((np.abs(part - found) - least) / slack).max()))
     return worst
+
+
+def check_sizes(artifact: Artifact, limits: Mapping[str, float]) -> list[Check]:
+    """Bytes on the device and bytes to download, judged where ``limits`` names ``size_bytes`` or ``download_bytes`` and
+    stated elsewhere."""
+    parameters = sum(row.parameters for row in artifact.manifest.dtype_histogram.values())
+    bits = f", {artifact.model_bytes * 8 / parameters:.2f} bits a weight" if parameters else ""
+    found = {
+        "size_bytes": (artifact.size_bytes, f"of them the model {artifact.model_bytes:,}{bits}"),
+        "download_bytes": (artifact.download_bytes(), f"{len(artifact.shipped)} files, each deflated"),
+    }
+    checks = []
+    for name, (size, reason) in found.items():
+        limit = limits.get(name)
+        judged = "stated, not judged" if limit is None else "limit from the recipe's gates"
+        checks.append(Check(name, "integrity", limit is None or size <= limit, float(size), limit, unit="bytes",
+                            reason=f"{reason}; {judged}"))  # fmt: skip
+    return checks
 
 
 def check_tokenizer(artifact: Artifact, student: Path) -> Check:

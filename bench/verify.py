@@ -41,6 +41,8 @@ OpenWorker = Callable[[Path, SessionOptions], AbstractContextManager[Any]]
 INTERPRETER = "mil-interpreter"
 # The longest context is tried up to here: SmolLM2 takes some seconds for it in torch, and logits take 100 MB.
 LONGEST_TOKENS = 512
+# Inner values of a graph that is not faithful: a row this long shows a defect of a layer as well as a longer one.
+LOOKED_INTO_TOKENS = 64
 _RUNTIMES = {"onnx": "onnxruntime", "gguf": "llama.cpp", "coreml": "coreml", "torch": "torch"}
 
 
@@ -173,6 +175,8 @@ class _Run:
             else:
                 reason = "not applicable: an artifact of another tool has no tensors.json"
                 self.checks += [Check(name, "integrity", True, reason=reason) for name in _NEED_MAP]
+        with self.catching("size_bytes", "integrity"):
+            self.checks += integrity.check_sizes(self.artifact, self.options.ceilings)
         with self.catching("tokenizer", "integrity"):
             if self._ships("tokenizer.json"):
                 self.checks.append(integrity.check_tokenizer(self.artifact, self.student))
@@ -273,7 +277,7 @@ class _Run:
             shutil.rmtree(out, ignore_errors=True)
         finite = behaviour.check_finite(scores, describe)
         found = behaviour.check_faithful(task, scores, limits, describe) if finite.passed else [finite]
-        self.checks += [self._judged(check) for check in found]
+        self.checks += self._located([self._judged(check) for check in found], longest)
         with self.catching("longest_context", "faithful"):
             check = behaviour.check_longest(worker, task, longest, said, limits)
             if len(longest) < self.manifest.max_length:
@@ -281,6 +285,29 @@ class _Run:
                 check = dataclasses.replace(check, reason=reason)
             self.checks.append(self._judged(check))
         return limits
+
+    def _located(self, checks: list[Check], ids: npt.NDArray[np.int64]) -> list[Check]:
+        """With the first part of the graph that diverges, in the checks that failed (of ONNX; others keep their inner
+        values to themselves)."""
+        if self.manifest.format != "onnx" or all(check.passed for check in checks):
+            return checks
+        from .divergence import first_divergence
+
+        self.progress("looking for the first layer that diverges", 0.7)
+        try:
+            found = first_divergence(self.artifact, self.student, ids[:LOOKED_INTO_TOKENS])
+        except (EdgestillError, ValueError, KeyError) as error:
+            found, told = None, f"where it diverges was not found: {' '.join(str(error).split())[:300]}"
+        else:
+            told = "every block of layers agrees by itself: look at what follows the last one"
+        if found is not None:
+            after = f"after {found.before} agrees" if found.before else "no block before it"
+            told = f"{found.name} is {found.error:.2g} away, noise explains {found.limit:.2g} ({after})"
+        name = found.name if found is not None else None
+        return [
+            check if check.passed else dataclasses.replace(check, reason=f"{check.reason}; {told}", first_tensor=name)
+            for check in checks
+        ]
 
     def _judged(self, check: Check) -> Check:
         """With weights that were not found in a file of another tool, a distance is no proof of a defect."""

@@ -9,13 +9,12 @@ pairs with numpy. Source: ONNX Runtime, "Quantize ONNX models" (U8S8, reduce_ran
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..artifact import Artifact
-from ..errors import MissingDependency
+from .exposed import exposed_values
 from .onnx_reader import OnnxFile, graph_path
 from .session import Ints
 
@@ -91,7 +90,7 @@ def saturation(artifact: Artifact, ids: Ints, attention_mask: Ints) -> Saturatio
     if not nodes:
         return None
     wanted = list(dict.fromkeys(name for node in nodes for name in (node.input[0], node.input[2])))
-    found = _run(artifact, wanted, ids, attention_mask)
+    found = exposed_values(artifact, ids, attention_mask, wanted)
     real = np.flatnonzero(attention_mask.reshape(-1))
     rows = real[np.linspace(0, len(real) - 1, min(_ROWS, len(real))).astype(int)]
     saturating = pairs = 0
@@ -106,29 +105,3 @@ def saturation(artifact: Artifact, ids: Ints, attention_mask: Ints) -> Saturatio
         if error > worst_error:
             worst, worst_error = node.name, error
     return Saturation(saturating / pairs, worst, worst_error, len(nodes), len(rows))
-
-
-def _run(artifact: Artifact, wanted: list[str], ids: Ints, attention_mask: Ints) -> dict[str, npt.NDArray[Any]]:
-    """The values ``wanted`` of one forward pass, by a copy of the model in which they are outputs."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingDependency.package("onnxruntime", "runtimes") from None
-    import onnx
-    from onnx import TensorProto, helper
-
-    exposed = onnx.load(graph_path(artifact))
-    exposed.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.UINT8, None) for name in wanted)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 2
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        exposed.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )  # fmt: skip
-    feed: dict[str, Any] = {"input_ids": ids.astype(np.int64), "attention_mask": attention_mask.astype(np.int64)}
-    for item in session.get_inputs():
-        if item.name == "token_type_ids":  # a file of another tool
-            feed[item.name] = np.zeros_like(feed["input_ids"])
-        if item.name.startswith("past_key_values."):
-            feed[item.name] = np.zeros((ids.shape[0], item.shape[1], 0, item.shape[3]), np.float32)
-    return dict(zip(wanted, session.run(wanted, feed), strict=True))

@@ -113,18 +113,73 @@ def test_a_defect_in_anothers_file_is_seen_and_named(bert_onnx, tiny_bert, text,
     )  # fmt: skip
 
 
-def test_a_gguf_of_another_writer(tiny_llama, text, tmp_path):
-    """Written with gguf-py alone; a row of the key projection is then changed."""
-    artifact = export(tiny_llama, tmp_path / "a", ExportConfig(to="gguf:f32"))
-    data = bytearray(artifact.entry.read_bytes())
-    from edgestill.runtimes.gguf_file import GgufFile
+def write_with_gguf_py(folder, path, change=lambda name, values: values):
+    """``tiny_llama`` as a user of gguf-py would write it: float32, a tokenizer, no word of ours."""
+    import gguf
+    from safetensors.numpy import load_file
 
-    with GgufFile(artifact.entry) as file:
-        at = file.tensors["blk.1.attn_k.weight"].offset
-    data[at : at + 4] = np.float32(0.9).tobytes()
-    (tmp_path / "bad.gguf").write_bytes(data)
-    verdict = judged(tmp_path / "bad.gguf", tiny_llama, text)
-    assert checks(verdict)["weights_on_grid"].first_tensor == "model.layers.1.self_attn.k_proj.weight"
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("someone's llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    words = sorted(tokenizer["model"]["vocab"].items(), key=lambda item: item[1])
+    special = {row["content"] for row in tokenizer["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([word for word, _ in words])
+    kinds = (gguf.TokenType.NORMAL, gguf.TokenType.CONTROL)
+    writer.add_token_types([int(kinds[word in special]) for word, _ in words])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])
+    writer.add_add_bos_token(False)
+    writer.add_chat_template((folder / "chat_template.jinja").read_text())
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    for name, values in load_file(folder / "model.safetensors").items():
+        values = change(name, values)
+        if count := heads.get(name.split(".")[-2]):  # llama.cpp rotates neighbours, Transformers halves
+            half = values.shape[0] // count // 2
+            values = values.reshape(count, 2, half, -1).swapaxes(1, 2).reshape(values.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_written_with_gguf_py(tiny_llama, text, tmp_path):
+    verdict = judged(write_with_gguf_py(tiny_llama, tmp_path / "good.gguf"), tiny_llama, text)
+    assert verdict.failures == ()
+    found = checks(verdict)
+    assert found["weight_map"].reason == "38 of 38 parameters of the student were found in it"
+    assert found["tokenizer"].value == 0
+    assert found["faithful"].value < 1e-5
+    assert found["kl_to_student"].value < 1e-5
+
+
+def test_a_changed_weight_in_a_gguf_written_with_gguf_py_is_named(tiny_llama, text, tmp_path):
+    wrong = "model.layers.1.self_attn.k_proj.weight"
+
+    def change(name, values):
+        values = values.copy()
+        if name == wrong:
+            values[0, 0] = 0.9
+        return values
+
+    verdict = judged(write_with_gguf_py(tiny_llama, tmp_path / "bad.gguf", change), tiny_llama, text)
+    assert checks(verdict)["weights_on_grid"].first_tensor == wrong
 
 
 def test_nothing_large_is_copied_and_the_original_stays(bert_onnx, tiny_bert, tmp_path):

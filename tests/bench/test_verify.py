@@ -361,3 +361,21 @@ def test_labels_of_tokens_are_verified_and_a_shifted_head_is_found(
             sabotage_model(tiny_tagger, tmp_path / "wrong", turn), tmp_path / "b", ExportConfig(to="onnx:fp32")
         )
         assert failures(judge(wrong.path, tiny_tagger, tagger_reference, tmp_path / "w2").verdict)
+
+
+def test_sizes_stand_in_the_verdict_and_are_judged_where_a_limit_is_given(
+    bert_fp32, tiny_bert, bert_reference, tmp_path
+):
+    import zlib
+
+    files = [path for path in bert_fp32.rglob("*") if path.is_file() and path.name not in (ARTIFACT_FILE, TENSORS_FILE)]
+    size = sum(path.stat().st_size for path in files)
+    download = sum(len(zlib.compress(path.read_bytes(), 6)) for path in files)
+    for limits, failed in (({}, set()), ({"size_bytes": size, "download_bytes": download - 1}, {"download_bytes"})):
+        verdict = examine(
+            bert_fp32, student=tiny_bert, references={"text": bert_reference}, work=tmp_path,
+            options=dataclasses.replace(OPTIONS, ceilings=limits),
+        ).verdict  # fmt: skip
+        found = {check.name: check for check in verdict.checks}
+        assert (found["size_bytes"].value, found["download_bytes"].value) == (size, download)
+        assert set(failures(verdict)) == failed
