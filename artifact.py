@@ -339,4 +339,10 @@ def _check_types(manifest: Manifest) -> None:
 
 
 def _specs(rows: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(row["name"], row["dtype"], tuple(row["shape"])) for row in rows)
+    specs = tuple(TensorSpec(row["name"], row["dtype"], tuple(row["shape"])) for row in rows)
+    for spec in specs:
+        if not isinstance(spec.name, str) or not isinstance(spec.dtype, str):
+            raise TypeError("an input or output has a name or a dtype that is not text")
+        if any(type(size) not in (int, str) for size in spec.shape):
+            raise TypeError(f"the shape of {spec.name!r:.80} is not of numbers and names")
+    return specs

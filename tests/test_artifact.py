@@ -97,6 +97,12 @@ def test_every_change_of_the_payload_is_noticed(tmp_path: Path) -> None:
         "unsafe path": lambda f: change(
             f / "artifact.json", files=[{"path": "../../etc/passwd", "sha256": "", "size_bytes": 1}]
         ),
+        "name or a dtype that is not text": lambda f: change(
+            f / "artifact.json", inputs=[{"name": ["x"], "dtype": "int64", "shape": [1]}]
+        ),
+        "is not of numbers and names": lambda f: change(
+            f / "artifact.json", outputs=[{"name": "x", "dtype": "int64", "shape": [[1]]}]
+        ),
         "size_bytes is inf": lambda f: change(
             f / "artifact.json", files=[{"path": "model.onnx", "sha256": "", "size_bytes": math.inf}]
         ),

@@ -24,12 +24,12 @@ IDS = np.arange(5, 37)
 
 
 @pytest.fixture(scope="module")
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+def artifact_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     made: dict[tuple[str, str], Path] = {}
 
     def get(model: str, to: str) -> Path:
         if (model, to) not in made:
-            out = tmp_path_factory.mktemp("exported") / "a"
+            out = tmp_path_factory.mktemp("divergence") / "a"
             made[model, to] = export(request.getfixturevalue(model), out, ExportConfig(to=to)).path
         return made[model, to]
 
@@ -78,10 +78,10 @@ def another_scale(graph: Any) -> None:
     [(another_epsilon, ".post_attention_layernorm"), (gate_for_up, ".mlp"), (another_scale, ".self_attn")],
 )
 def test_the_layer_with_the_defect_is_named(
-    change: Callable[[Any], None], part: str, to: str, exported: Callable[[str, str], Path], tiny_llama: Path,
+    change: Callable[[Any], None], part: str, to: str, artifact_of: Callable[[str, str], Path], tiny_llama: Path,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    folder = damaged(exported("tiny_llama", to), tmp_path / "a", change)
+    folder = damaged(artifact_of("tiny_llama", to), tmp_path / "a", change)
     found = first_divergence(open_artifact(folder), tiny_llama, IDS)
     assert found is not None
     assert found.name == f"model.layers.1{part}"
@@ -98,19 +98,19 @@ def test_the_layer_with_the_defect_is_named(
     ],
 )  # fmt: skip
 def test_a_good_graph_shows_every_block(
-    model: str, to: str, exported: Callable[[str, str], Path], request: pytest.FixtureRequest
+    model: str, to: str, artifact_of: Callable[[str, str], Path], request: pytest.FixtureRequest
 ) -> None:
-    artifact = open_artifact(exported(model, to))
+    artifact = open_artifact(artifact_of(model, to))
     assert first_divergence(artifact, request.getfixturevalue(model), IDS) is None
 
 
-def test_a_defect_of_an_encoder(exported: Callable[[str, str], Path], tiny_bert: Path, tmp_path: Path) -> None:
+def test_a_defect_of_an_encoder(artifact_of: Callable[[str, str], Path], tiny_bert: Path, tmp_path: Path) -> None:
     def change(graph: Any) -> None:
         norms: Iterator[Any] = (n for n in graph.node if "LayerNormalization" in n.op_type)
         (epsilon,) = [a for a in list(norms)[4].attribute if a.name == "epsilon"]
         epsilon.f = 30.0  # embeddings, two of layer 0, two of layer 1: its second
 
-    folder = damaged(exported("tiny_bert", "onnx:fp32"), tmp_path / "a", change)
+    folder = damaged(artifact_of("tiny_bert", "onnx:fp32"), tmp_path / "a", change)
     found = first_divergence(open_artifact(folder), tiny_bert, IDS % 30)
     assert found is not None
     assert found.name.startswith("encoder.layer.1")
@@ -118,12 +118,12 @@ def test_a_defect_of_an_encoder(exported: Callable[[str, str], Path], tiny_bert:
 
 @pytest.mark.parametrize("change", [another_epsilon, gate_for_up])
 def test_the_verdict_says_it(
-    change: Callable[[Any], None], exported: Callable[[str, str], Path], tiny_llama: Path, sentences: list[str],
+    change: Callable[[Any], None], artifact_of: Callable[[str, str], Path], tiny_llama: Path, sentences: list[str],
     tmp_path: Path,
 ) -> None:  # fmt: skip
     texts = [" ".join(sentences[i : i + 8]) for i in range(0, 64, 8)]
     reference = make_reference(tiny_llama, tmp_path / "r", texts=texts, window=48, threads=1)
-    folder = damaged(exported("tiny_llama", "onnx:fp32"), tmp_path / "a", change)
+    folder = damaged(artifact_of("tiny_llama", "onnx:fp32"), tmp_path / "a", change)
     verdict = examine(
         folder, student=tiny_llama, references={"text": reference}, work=tmp_path / "w", options=OPTIONS
     ).verdict
@@ -134,12 +134,12 @@ def test_the_verdict_says_it(
 
 
 def test_a_graph_that_can_not_be_looked_into_is_said(
-    exported: Callable[[str, str], Path], tiny_llama: Path, tmp_path: Path
+    artifact_of: Callable[[str, str], Path], tiny_llama: Path, tmp_path: Path
 ) -> None:
     def change(graph: Any) -> None:
         graph.node[3].op_type = "NoSuchOperator"
 
-    folder = damaged(exported("tiny_llama", "onnx:fp32"), tmp_path / "a", change)
+    folder = damaged(artifact_of("tiny_llama", "onnx:fp32"), tmp_path / "a", change)
     with pytest.raises(BadInput, match="inner values can't be read"):
         first_divergence(open_artifact(folder), tiny_llama, IDS)
 
