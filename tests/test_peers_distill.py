@@ -200,5 +200,5 @@ def test_spearman_and_its_interval() -> None:
 def test_recipes_are_valid(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.name == path.stem
-    assert recipe.distill is not None
+    assert recipe.distill is not None or path.stem.endswith("-export")
     assert recipe.data.text[0].test or recipe.task == "text-generation"

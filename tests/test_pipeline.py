@@ -242,10 +242,10 @@ def test_a_broken_artifact_fails_the_run_after_the_others(
             return name
         return name.replace("query", "\0").replace("key", "query").replace("\0", "key")
 
-    def sabotaged(*arguments: Any) -> Any:
+    def sabotaged(*arguments: Any, **options: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(Weights, "__getitem__", lambda self, name: read(self, other(name)))
-            return write(*arguments)
+            return write(*arguments, **options)
 
     monkeypatch.setattr(exporter, "write", sabotaged)
     recipe = write_recipe(tmp_path, tiny_bert, text, "onnx:fp32", "gguf:q8_0")

@@ -27,14 +27,21 @@ def commands() -> list[list[str]]:
 
 
 def test_every_command_of_the_readme_works(
-    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tiny_bert: Path,
+    sentences: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """In their order, in one folder, `my-model` being a plain Transformers folder; their documents fit the schemas."""
     found = commands()
     assert {command[0] for command in found} >= {"doctor", "init", "plan", "run", "export", "verify", "bench"}
     shutil.copytree(tiny_bert, tmp_path / "my-model", ignore=shutil.ignore_patterns("edgestill.json"))
+    (tmp_path / "my-text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences))
     monkeypatch.chdir(tmp_path)
     for command in found:
+        if "somebody-elses.gguf" in command:
+            shutil.copyfile(tmp_path / "runs/my-model/artifacts/gguf-q8_0/model.gguf", "somebody-elses.gguf")
         documented = command[0] in ("run", "plan", "export", "verify", "bench", "doctor")
         monkeypatch.setattr(sys, "argv", ["edgestill", *command, *(["--json"] if documented else [])])
         with pytest.raises(SystemExit) as stop:
