@@ -41,7 +41,8 @@ Runs = Annotated[Path, typer.Option(help="Folder that holds run folders.")]
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one: minilm, smollm2.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads of each worker.")]
 To = Annotated[
-    str, typer.Option("--to", help="FORMAT:QUANTISATION or FORMAT@SIZE, several with commas: onnx:int8,gguf@60MB.")
+    list[str],
+    typer.Option("--to", help="FORMAT:QUANTISATION or FORMAT@SIZE, several with commas: onnx:int8,gguf@60MB."),
 ]
 
 _debug = False
@@ -96,7 +97,7 @@ def plan(recipe: RecipeName, runs: Runs = Path("runs"), as_json: Json = False) -
 @app.command()
 def init(
     model: Annotated[Path, typer.Argument(help="A Transformers folder or a GGUF file.")],
-    to: To = "",
+    to: To = [],  # noqa: B006 - typer copies it
     out: Annotated[Path | None, typer.Option(help="Where to write; by default NAME.toml here.")] = None,
     distill: Annotated[int | None, typer.Option(help="Add a [distill] section: layers that the student keeps.")] = None,
     text: Annotated[
@@ -106,7 +107,7 @@ def init(
     """Write a commented recipe for any model folder."""
     from .init import InitConfig, init_recipe
 
-    path = init_recipe(InitConfig(model, tuple(filter(None, to.split(","))), out, distill, text))
+    path = init_recipe(InitConfig(model, _listed(to), out, distill, text))
     print(path)
     _say(f"wrote {path}; next: edgestill plan {path}")
 
@@ -172,7 +173,7 @@ def distill(
 def compare_losses(
     recipe: RecipeName,
     loss: Annotated[
-        str,
+        list[str],
         typer.Option(help="Losses with commas between: forward_kl,jsd:0.5; a sum: forward_kl=0.9+cross_entropy=0.1."),
     ],
     seeds: Annotated[int, typer.Option(help="Students for each loss; with 1 there is never a winner.")] = 3,
@@ -184,7 +185,7 @@ def compare_losses(
     def work(observer: Observer) -> Any:
         from .loss_comparison import LossCompareConfig, compare_losses
 
-        return compare_losses(LossCompareConfig(recipe, tuple(loss.split(",")), seeds, runs), observer)
+        return compare_losses(LossCompareConfig(recipe, _listed(loss), seeds, runs), observer)
 
     _emit(_with_progress(work), as_json)
 
@@ -199,7 +200,9 @@ def export(
     ort: Annotated[
         bool, typer.Option("--ort", help="ONNX: also as model.ort, for small builds of the runtime.")
     ] = False,
-    app: Annotated[str, typer.Option(help="Write a sample for each artifact: python, kotlin, swift (commas).")] = "",
+    app: Annotated[
+        list[str], typer.Option(help="Write a sample for each artifact: python, kotlin, swift (commas).")
+    ] = [],  # noqa: B006 - typer copies it
     app_out: Annotated[Path | None, typer.Option(help="Folder for the samples; by default OUT/app.")] = None,
     threads: Threads = 2,
     as_json: Json = False,
@@ -209,8 +212,8 @@ def export(
     def work(observer: Observer) -> Any:
         from .commands import ExportRequest, export_verified
 
-        variants = tuple(filter(None, to.split(",")))
-        languages = tuple(filter(None, app.split(",")))
+        variants = _listed(to)
+        languages = _listed(app)
         request = ExportRequest(model, variants, out, text, context_length, threads, languages, app_out, ort)
         return export_verified(request, observer)
 
@@ -317,6 +320,11 @@ def _emit(result: Any, as_json: bool) -> None:
 
 
 _INTERRUPTED = 130
+
+
+def _listed(values: list[str]) -> tuple[str, ...]:
+    """``--to a,b --to c`` as ``("a", "b", "c")``: said twice, an option adds to what it said."""
+    return tuple(part for value in values for part in value.split(",") if part)
 
 
 def _say(text: str) -> None:

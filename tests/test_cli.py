@@ -13,6 +13,7 @@ import pytest
 
 from edgestill import cli
 from edgestill.errors import CheckFailed, EdgestillError, Inconclusive, MissingDependency, RecipeError
+from edgestill.recipe import load_recipe
 from edgestill.schemas import FOLDER
 
 
@@ -64,6 +65,12 @@ def test_distill_has_two_faces(call: Any) -> None:
     assert "compare" in call("distill", "--help").out
     assert "--runs" in call("distill", "some.toml", "--help").out
     assert "--seeds" in call("distill", "compare", "--help").out
+
+
+def test_an_option_said_twice_adds_to_what_it_said(call: Any, tiny_bert: Path, tmp_path: Path) -> None:
+    out = tmp_path / "twice.toml"
+    assert call("init", str(tiny_bert), "--to", "onnx:int8,onnx:fp32", "--to", "gguf:q8_0", "--out", str(out)).code == 0
+    assert [item.to for item in load_recipe(out).export] == ["onnx:int8", "onnx:fp32", "gguf:q8_0"]
 
 
 def test_version(call: Any) -> None:
