@@ -18,10 +18,10 @@ from edgestill.runtimes.ort_session import OrtSession
 from edgestill.runtimes.session import SessionOptions
 
 BERT = {
-    "vocab_size": 134, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+    "vocab_size": 137, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
     "max_position_embeddings": 66, "initializer_range": 0.3, "num_labels": 3,
 }  # fmt: skip
-DISTILBERT = {"vocab_size": 134, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "num_labels": 3,
+DISTILBERT = {"vocab_size": 137, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "num_labels": 3,
               "max_position_embeddings": 66, "initializer_range": 0.3}  # fmt: skip
 CLASSES = {
     "bert": ("Bert", BERT),
