@@ -17,6 +17,7 @@ from .checkpoints import ModelFolder, TensorHeader, check_sizes, find_architectu
 from .errors import BadInput, MissingDependency, Unsupported
 from .files import atomic_directory
 from .gguf_header import check_gguf_header
+from .gguf_names import LLAMA_LIKE
 from .progress import Progress, silent
 
 __all__ = ["GgufSource", "import_gguf", "open_gguf"]
@@ -24,14 +25,7 @@ __all__ = ["GgufSource", "import_gguf", "open_gguf"]
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _ROTARY_PERMUTED = ("llama",)  # llama.cpp stores Llama's q and k rows in the order of its own rotary kernel
-_GLOBAL = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
-           "output.weight": "lm_head.weight"}  # fmt: skip
-_IN_BLOCK = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+_GLOBAL, _IN_BLOCK = ({stored: name for name, stored in names.items()} for names in LLAMA_LIKE)
 _IGNORED = ("rope_freqs.weight",)  # only there with rotary scaling, which is refused
 
 
@@ -192,8 +186,9 @@ def _check_shapes(source: GgufSource, config: Mapping[str, Any], head_dim: int) 
 
 
 def _student_name(name: str, source: GgufSource) -> str:
-    if name in _GLOBAL:
-        return _GLOBAL[name]
+    outside, _, kind = name.rpartition(".")
+    if outside in _GLOBAL and kind == "weight":
+        return f"{_GLOBAL[outside]}.{kind}"
     match = re.fullmatch(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)", name)
     if match is None or match[2] not in _IN_BLOCK:
         raise Unsupported(f"{source.path}: unknown tensor {name}", hint="start from its Transformers folder")

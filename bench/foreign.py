@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from ..artifact import ARTIFACT_FILE, Artifact, Format, Manifest, StoredTensor, TensorSpec, seal_artifact, write_tensors
 from ..errors import BadInput, EdgestillError, Unsupported
+from ..gguf_names import gguf_names
 from ..runtimes.payload import apply_layout, open_payload
 
 if TYPE_CHECKING:
@@ -33,27 +34,6 @@ _FORMATS: Mapping[str, Format] = {".gguf": "gguf", ".onnx": "onnx", ".mlpackage"
 _COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 _SAMPLE = 4096  # values of a tensor that candidates are compared by
 _ALIKE = 0.98  # cosine; 2-bit codes reach 0.97, another tensor of a trained model 0.1
-_GGUF_ENCODER = {
-    "attn_q": "attention.self.query", "attn_k": "attention.self.key", "attn_v": "attention.self.value",
-    "attn_output": "attention.output.dense", "attn_output_norm": "attention.output.LayerNorm",
-    "ffn_up": "intermediate.dense", "ffn_down": "output.dense", "layer_output_norm": "output.LayerNorm",
-}  # fmt: skip
-_GGUF_EMBEDDINGS = {
-    "token_embd.weight": "embeddings.word_embeddings.weight", "token_embd_norm.weight": "embeddings.LayerNorm.weight",
-    "token_embd_norm.bias": "embeddings.LayerNorm.bias",
-    "position_embd.weight": "embeddings.position_embeddings.weight",
-    "token_types.weight": "embeddings.token_type_embeddings.weight",
-}  # fmt: skip
-_GGUF_DECODER = {
-    "token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}  # fmt: skip
-_GGUF_BLOCK = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
 
 
 def find_payload(source: Path) -> Path | None:
@@ -268,8 +248,14 @@ def _candidates(artifact: Artifact) -> Iterator[StoredTensor]:
 def _names(form: Format, stored: list[str], parameters: list[str], student: ModelFolder) -> dict[str, str]:
     """Parameter -> name in the payload, as far as names tell."""
     if form == "gguf":
-        named = {_gguf_name(name, student): name for name in stored}
-        return {name: named[name] for name in parameters if name in named}
+        called = gguf_names(student)
+        there = set(stored)
+        found = {}
+        for name in parameters:
+            module, _, kind = name.rpartition(".")
+            if (tensor := f"{called.get(module, module)}.{kind}") in there:
+                found[name] = tensor
+        return found
     plain = {re.sub(r"[^a-z0-9]+", "_", name.lower()): name for name in stored}
     found = {}
     for name in parameters:
@@ -284,20 +270,6 @@ def _names(form: Format, stored: list[str], parameters: list[str], student: Mode
     return found
 
 
-def _gguf_name(name: str, student: ModelFolder) -> str:
-    """The parameter that llama.cpp's converter calls ``name``."""
-    decoder = student.task == "text-generation"
-    base = "" if student.task == "feature-extraction" else f"{student.architecture}."
-    top = (_GGUF_DECODER if decoder else _GGUF_EMBEDDINGS).get(name)
-    match = re.fullmatch(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)", name)
-    if top is not None:
-        return top if decoder else base + top
-    if match is None:
-        return name
-    inner = (_GGUF_BLOCK if decoder else _GGUF_ENCODER).get(match[2], match[2])
-    return f"{'model.layers' if decoder else base + 'encoder.layer'}.{match[1]}.{inner}.{match[3]}"
-
-
 def _fitting(
     reader: Any, name: str, candidate: StoredTensor, weight: Floats, student: ModelFolder
 ) -> StoredTensor | None:
@@ -306,6 +278,8 @@ def _fitting(
     turned = {"q_proj": heads, "k_proj": int(student.config.get("num_key_value_heads", heads))}
     layouts: list[tuple[tuple[Any, ...], ...]] = [(), (("transpose",),)]
     layouts += [(("rope_unpermute", count),) for part, count in turned.items() if f".{part}." in name]
+    if student.architecture == "gemma3_text":  # its norms multiply by 1 + w, and are stored as that
+        layouts.append((("add", -1),))
     values = _decoded(reader, candidate)
     if values is None:
         return None

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edgestill.artifact import open_artifact
-from edgestill.bench.foreign import find_payload, wrap_foreign
+from edgestill.bench.foreign import find_payload, match_weights, wrap_foreign
 from edgestill.checkpoints import open_model
 from edgestill.commands import VerifyRequest, verify_artifact
 from edgestill.errors import BadInput, Unsupported
@@ -75,6 +76,17 @@ def test_a_bare_file_is_judged_as_well_as_an_artifact(model, to, text, tmp_path,
         assert found["weight_map"].reason.startswith(f"{expected} of {expected} parameters")
     assert ("not applicable" in found["tokenizer"].reason) == (not to.startswith("gguf"))
     assert "decode_parity" in found or model == "tiny_bert"
+
+
+@pytest.mark.parametrize("name", ["tiny_gemma3", "tiny_gpt2"])
+def test_parameters_go_by_the_names_of_their_own_architecture(name, tmp_path, request):
+    """Gemma's norms are called otherwise than Llama's, and stored with 1 added."""
+    folder = request.getfixturevalue(name)
+    made = export(folder, tmp_path / "made", ExportConfig(to="gguf:f32"))
+    bare = Path(shutil.copy(made.entry, tmp_path / "bare.gguf"))
+    found = match_weights(wrap_foreign(bare, open_model(folder), tmp_path / "w"), open_model(folder))
+    ours = {tensor.name: (tensor.stored, tensor.layout) for tensor in made.tensors()}
+    assert {tensor.name: (tensor.stored, tensor.layout) for tensor in found} == ours
 
 
 def test_an_encoder_of_pytorchs_exporter(bert_onnx, tiny_bert, text):
