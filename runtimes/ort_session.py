@@ -124,33 +124,13 @@ class OrtSession:
         total = len(prompt_ids) + max_new_tokens
         self._check_length(total)
         ids = np.asarray([prompt_ids], np.int64)
-        if "foreign" in self._manifest.lineage:
+        if self._appends or "foreign" in self._manifest.lineage:
             return self._grow(ids, max_new_tokens, logits)
         return self._decode(ids, max_new_tokens, total, logits)
-
-    def _grow(self, ids: Ints, count: int, logits: bool) -> Iterator[DecodedToken]:
-        """Decoding by a graph whose ``present`` is ``past`` with the new tokens appended, as exporters of PyTorch
-        modules write it."""
-        past = {name: self._empty(name, 1) for name in self._past}
-        present = [name.replace("past_key_values", "present") for name in self._past]
-        used = 0
-        for _ in range(count):
-            begin = time.perf_counter()
-            mask = np.ones((1, used + ids.shape[1]), np.int64)
-            said, *kept = self._live().run([self._output, *present], self._feed(ids, mask, used) | past)
-            used += ids.shape[1]
-            past = dict(zip(self._past, kept, strict=True))
-            last = said[0, -1]
-            token = int(last.argmax())
-            yield DecodedToken(token, time.perf_counter() - begin, np.array(last, np.float32) if logits else None)
-            ids = np.array([[token]], np.int64)
 
     def _decode(self, ids: Ints, count: int, total: int, logits: bool) -> Iterator[DecodedToken]:
         session = self._live()
         mask = np.ones((1, total), np.int64)
-        if self._appends:
-            yield from self._decode_appending(ids, mask, count, logits)
-            return
         binding = session.io_binding()
         for name in self._past:
             shape, dtype = self._cache_shape(name, 1, total)
@@ -172,30 +152,31 @@ class OrtSession:
             ids = np.array([[token]], np.int64)
             used += 1
 
-    def _decode_appending(self, ids: Ints, mask: Ints, count: int, logits: bool) -> Iterator[DecodedToken]:
-        """What comes out as present goes in as past, as it is."""
-        session, used = self._live(), ids.shape[1]
-        binding = session.io_binding()
+    def _grow(self, ids: Ints, count: int, logits: bool) -> Iterator[DecodedToken]:
+        """Decoding by a graph whose ``present`` is ``past`` with the new tokens appended, as exporters of PyTorch
+        modules and our portable graphs have it: what comes out goes in as it is."""
+        binding, used = self._live().io_binding(), 0
         for name in self._past:
             binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(self._empty(name, 1)))
-        names = ["logits", *(name.replace("past_key_values", "present") for name in self._past)]
+        names = [self._output, *(name.replace("past_key_values", "present") for name in self._past)]
         begin = time.perf_counter()
         for _ in range(count):
             for name in names:
                 binding.bind_output(name)
-            binding.bind_cpu_input("input_ids", ids)
-            binding.bind_cpu_input("attention_mask", mask[:, :used])
-            session.run_with_iobinding(binding)
-            results = binding.get_outputs()
-            last = results[0].numpy()[0, -1]
+            mask = np.ones((1, used + ids.shape[1]), np.int64)
+            for name, value in self._feed(ids, mask, used).items():
+                binding.bind_cpu_input(name, value)
+            self._live().run_with_iobinding(binding)
+            said, *kept = binding.get_outputs()
+            used += ids.shape[1]
+            last = said.numpy()[0, -1]
             token = int(last.argmax())
             end = time.perf_counter()
             yield DecodedToken(token, end - begin, np.array(last, np.float32) if logits else None)
             begin = time.perf_counter()
-            for name, value in zip(self._past, results[1:], strict=True):
+            for name, value in zip(self._past, kept, strict=True):
                 binding.bind_ortvalue_input(name, value)
             ids = np.array([[token]], np.int64)
-            used += 1
 
     def close(self) -> None:
         """Free the model."""
