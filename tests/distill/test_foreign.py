@@ -182,7 +182,7 @@ def test_a_killed_run_ends_with_the_same_bytes(tiny_llama: Path, student: Path, 
         finally:
             os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert (tmp_path / "killed/work/checkpoint-3").is_dir()
+    assert (tmp_path / "killed" / "work" / "checkpoint-3").is_dir()
     assert hash_tree(_learn(tiny_llama, student, tmp_path / "killed", data, **settings).path) == whole
 
 
