@@ -1,4 +1,4 @@
-"""The command line: parse, call one public function, print. Nothing else in edgestill prints.
+"""The command line: parse, call one public function, show what it gives.
 
 People read stderr (progress, tables, errors); programs read stdout, where ``--json`` puts exactly one document.
 Exit codes: 0 done, 1 a gate or a verification failed, 2 usage or bad input, 3 inconclusive, 4 something is not
@@ -7,20 +7,19 @@ installed, 5 anything else, 130 interrupted.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from . import __version__
+from .cli_bench import benching
+from .cli_devices import devices
+from .cli_output import Json, Runs, Threads, WithDefault, emit, fail, listed, say, with_progress
+from .cli_output import debug as set_debug
 from .company import follows
-from .errors import EdgestillError, UsageError
+from .errors import UsageError
 
 if TYPE_CHECKING:
     from .stages import Observer
@@ -36,16 +35,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Put one JSON document on stdout.")]
-Runs = Annotated[Path, typer.Option(help="Folder that holds run folders.")]
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one: minilm, smollm2.")]
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads of each worker.")]
 To = Annotated[
     list[str],
     typer.Option("--to", help="FORMAT:QUANTISATION or FORMAT@SIZE, several with commas: onnx:int8,gguf@60MB."),
 ]
 
-_debug = False
+_INTERRUPTED = 130
 
 
 @app.callback(invoke_without_command=True)
@@ -54,8 +50,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    global _debug
-    _debug = debug
+    set_debug(debug)
     if version:
         print(f"edgestill {__version__}")
         raise typer.Exit
@@ -79,8 +74,8 @@ def run(
 
         return run_recipe(RunConfig(recipe=recipe, runs=runs, until=until), observer)
 
-    result = _with_progress(work)
-    _emit(result, as_json)
+    result = with_progress(work)
+    emit(result, as_json)
     return int(result.exit_code)
 
 
@@ -90,7 +85,7 @@ def plan(recipe: RecipeName, runs: Runs = Path("runs"), as_json: Json = False) -
     from .plan import plan_recipe
 
     result = plan_recipe(recipe, runs)
-    _emit(result, as_json)
+    emit(result, as_json)
     return int(result.exit_code)
 
 
@@ -107,9 +102,9 @@ def init(
     """Write a commented recipe for any model folder."""
     from .init import InitConfig, init_recipe
 
-    path = init_recipe(InitConfig(model, _listed(to), out, distill, text))
+    path = init_recipe(InitConfig(model, listed(to), out, distill, text))
     print(path)
-    _say(f"wrote {path}; next: edgestill plan {path}")
+    say(f"wrote {path}; next: edgestill plan {path}")
 
 
 @app.command()
@@ -124,20 +119,14 @@ def fetch(
 
         return fetch_all(recipe, sha256, observer)
 
-    for item in _with_progress(work):
+    for item in with_progress(work):
         print(item.path)
 
 
-class _Distil(TyperGroup):
+class _Distil(WithDefault):
     """``edgestill distill RECIPE`` is short for ``edgestill distill student RECIPE``."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put ``student`` first where no sub-command is named and something is."""
-        word = next((arg for arg in args if not arg.startswith("-")), None)
-        asks_for_help = bool({"-h", "--help"} & set(args))
-        if args and word not in self.commands and (word or not asks_for_help):
-            args = ["student", *args]
-        return list(super().parse_args(ctx, args))
+    default = "student"
 
 
 distilling = typer.Typer(
@@ -166,7 +155,7 @@ def distill(
 
         return run_recipe(RunConfig(recipe=recipe, runs=runs, until="student"), observer)
 
-    _emit(_with_progress(work), as_json)
+    emit(with_progress(work), as_json)
 
 
 @distilling.command("compare")
@@ -185,9 +174,9 @@ def compare_losses(
     def work(observer: Observer) -> Any:
         from .loss_comparison import LossCompareConfig, compare_losses
 
-        return compare_losses(LossCompareConfig(recipe, _listed(loss), seeds, runs), observer)
+        return compare_losses(LossCompareConfig(recipe, listed(loss), seeds, runs), observer)
 
-    _emit(_with_progress(work), as_json)
+    emit(with_progress(work), as_json)
 
 
 @app.command()
@@ -212,13 +201,13 @@ def export(
     def work(observer: Observer) -> Any:
         from .commands import ExportRequest, export_verified
 
-        variants = _listed(to)
-        languages = _listed(app)
+        variants = listed(to)
+        languages = listed(app)
         request = ExportRequest(model, variants, out, text, context_length, threads, languages, app_out, ort)
         return export_verified(request, observer)
 
-    result = _with_progress(work)
-    _emit(result, as_json)
+    result = with_progress(work)
+    emit(result, as_json)
     return int(result.exit_code)
 
 
@@ -238,31 +227,13 @@ def verify(
 
         return verify_artifact(VerifyRequest(artifact, against, teacher, text, threads), observer)
 
-    result = _with_progress(work)
-    _emit(result, as_json)
+    result = with_progress(work)
+    emit(result, as_json)
     return int(result.exit_code)
 
 
-@app.command()
-def bench(
-    subjects: Annotated[list[Path], typer.Argument(help="Artifact folders or model folders.")],
-    threads: Threads = 2,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of the timed input.")] = 128,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded in a timed generation.")] = 32,
-    launches: Annotated[int, typer.Option(min=1, help="Fresh processes per subject.")] = 3,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="One launch, five repeats: a first look, not a result.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Measure speed, memory and size, interleaved, each in fresh processes. The first subject is the baseline."""
-
-    def work(observer: Observer) -> Any:
-        from .commands import BenchRequest, bench_subjects
-
-        return bench_subjects(BenchRequest(tuple(subjects), threads, length, new_tokens, launches, quick), observer)
-
-    _emit(_with_progress(work), as_json)
+app.add_typer(benching, name="bench")
+app.add_typer(devices, name="devices")
 
 
 @app.command()
@@ -282,76 +253,8 @@ def doctor(
     from .doctor import doctor as examine
 
     result = examine(deep=deep)
-    _emit(result, as_json)
+    emit(result, as_json)
     return 0 if result.ready else 4
-
-
-# ---- showing ------------------------------------------------------------------------------------------------------
-
-
-def _with_progress(work: Callable[[Observer], Any]) -> Any:
-    """Call ``work`` with an observer that draws, and take the drawing away whatever happens.
-
-    Meanwhile file descriptor 1 points to stderr: what a native library prints must not get into the document.
-    """
-    from .terminal import TerminalObserver
-
-    observer = TerminalObserver()
-    sys.stdout.flush()
-    saved = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        return work(observer)
-    finally:
-        observer.close()
-        sys.stdout.flush()
-        os.dup2(saved, 1)
-        os.close(saved)
-
-
-def _emit(result: Any, as_json: bool) -> None:
-    """One document on stdout, or a table on stderr."""
-    if as_json:
-        print(json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=False, default=str, allow_nan=False))
-    else:
-        from .show import show
-
-        show(result)
-
-
-_INTERRUPTED = 130
-
-
-def _listed(values: list[str]) -> tuple[str, ...]:
-    """``--to a,b --to c`` as ``("a", "b", "c")``: said twice, an option adds to what it said."""
-    return tuple(part for value in values for part in value.split(",") if part)
-
-
-def _say(text: str) -> None:
-    from .terminal import stderr
-
-    stderr.print(text, markup=False, soft_wrap=True)
-
-
-def _fail(error: BaseException) -> int:
-    """Explain an error: on stderr for people; with ``--json`` also as the one document on stdout."""
-    from .terminal import print_error
-
-    if _debug:
-        import traceback
-
-        traceback.print_exception(error)
-    elif not isinstance(error, EdgestillError):
-        error = EdgestillError(
-            f"{type(error).__name__}: {error}", hint="a bug, please report it; --debug shows the traceback"
-        )
-    print_error(error)
-    code = getattr(error, "exit_code", 5)
-    if "--json" in sys.argv:
-        facts = {"kind": type(error).__name__, "message": str(getattr(error, "message", error))}
-        document = {"error": {**facts, "hint": getattr(error, "hint", "")}, "exit_code": code}
-        print(json.dumps(document, indent=2, ensure_ascii=False))
-    return code
 
 
 def _follow() -> int:
@@ -373,7 +276,7 @@ def main() -> None:
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument
             error = UsageError(error.format_message(), hint="edgestill --help, or edgestill COMMAND --help")
-        code = _fail(error)
+        code = fail(error)
     if code == _INTERRUPTED:
-        _say("interrupted; the same command goes on where it stopped")
+        say("interrupted; the same command goes on where it stopped")
     sys.exit(code)

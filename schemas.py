@@ -44,8 +44,10 @@ def generate() -> dict[str, Mapping[str, Any]]:
 
     from .artifact import Manifest
     from .bench.records import Measurement, Verdict
-    from .commands import BenchResult, ExportResult, VerifyResult
+    from .benchmark import BenchResult
+    from .commands import ExportResult, VerifyResult
     from .delivery import RunResult
+    from .devices import TargetList
     from .distillation import DistillPlan
     from .doctor import DoctorReport
     from .loss_comparison import LossComparison
@@ -55,7 +57,7 @@ def generate() -> dict[str, Mapping[str, Any]]:
     types: dict[str, Any] = {
         "recipe": Recipe, "artifact": Manifest, "measurement": Measurement, "verdict": Verdict, "run": RunResult,
         "plan": Plan, "export": ExportResult, "verify": VerifyResult, "bench": BenchResult, "doctor": DoctorReport,
-        "loss_comparison": LossComparison, "distill-plan": DistillPlan,
+        "loss_comparison": LossComparison, "distill-plan": DistillPlan, "targets": TargetList,
     }  # fmt: skip
     found: dict[str, Mapping[str, Any]] = {}
     for name, type_ in types.items():

@@ -9,8 +9,10 @@ from typing import Any
 
 from .bench.metrics import METRICS
 from .bench.records import Verdict
-from .commands import BenchResult, ExportResult, VerifyResult
+from .benchmark import BenchResult
+from .commands import ExportResult, VerifyResult
 from .delivery import ArtifactResult, RunResult
+from .devices import TargetList
 from .distillation import DistillPlan
 from .doctor import DoctorReport
 from .loss_comparison import LossComparison
@@ -122,6 +124,12 @@ def _export(result: ExportResult) -> None:
 @show.register
 def _verify(result: VerifyResult) -> None:
     _verdict(result.verdict)
+
+
+@show.register
+def _targets(result: TargetList) -> None:
+    rows = [(kind.address, kind.source, kind.description) for kind in result.kinds]
+    print_table("targets", ("--target", "numbers are", ""), rows, text=3)
 
 
 @show.register

@@ -53,6 +53,8 @@ class Measurement:
     :data:`edgestill.bench.metrics.METRICS`; ``summary`` is ``None`` together with a ``reason`` when it could not be
     taken. ``samples`` are raw, in ``unit``, one list per launch. ``against`` names what a comparison is made with
     (``"teacher"``, ``"student"``), ``data`` the text it was taken on.
+    ``target`` is where the worker ran, as typed (:mod:`edgestill.runtimes.targets`); ``origin`` names the foreign tool
+    that an imported row was measured by.
     """
 
     subject: str
@@ -75,6 +77,8 @@ class Measurement:
     kv_dtype: str | None = None
     placement: Mapping[str, int] = field(default_factory=dict)
     reason: str | None = None
+    target: str = "host"
+    origin: str | None = None
     schema_version: int = MEASUREMENT_VERSION
 
 

@@ -172,13 +172,13 @@ def test_doctor_document(call: Any) -> None:
 def test_what_native_code_prints_stays_out_of_the_document(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    from edgestill.commands import BenchResult
+    from edgestill.benchmark import BenchResult
 
     def noisy(*_: Any) -> BenchResult:
         os.write(1, b"a native library says hello\n")
         return BenchResult((), ())
 
-    monkeypatch.setattr("edgestill.commands.bench_subjects", noisy)
+    monkeypatch.setattr("edgestill.benchmark.bench_subjects", noisy)
     outcome = call("bench", "somewhere", "--json")
     assert outcome.document("bench")["measurements"] == []
     assert "a native library says hello" in outcome.err

@@ -21,8 +21,10 @@ SKIP = {"tests", "build", "dist", "runs", ".venv", ".src", ".git", ".ci"}
 
 # DESIGN: an import only points down. A longer prefix wins.
 FLOORS = {
-    "cli": 6, "show": 6, "terminal": 6, "__main__": 6, "schemas": 6,
-    "pipeline": 5, "stages": 5, "commands": 5, "plan": 5, "init": 5, "doctor": 5, "delivery": 5, "judging": 5,
+    "cli": 6, "cli_output": 6, "cli_bench": 6, "cli_devices": 6,
+    "show": 6, "terminal": 6, "__main__": 6, "schemas": 6,
+    "pipeline": 5, "stages": 5, "commands": 5, "benchmark": 5, "devices": 5, "plan": 5, "init": 5,
+    "doctor": 5, "delivery": 5, "judging": 5,
     "company": 5, "apps": 5, "loss_comparison": 5, "distillation": 5,
     "distill": 4, "export": 4,
     "bench": 3,

@@ -20,16 +20,16 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, Literal, Self
 
-from ...errors import WorkerError
+from ...errors import UsageError, WorkerError
 from ...files import is_alive
 from ..protocol import MAX_LINE_BYTES, Exchange, exchange_root, pack, rebuild_error, unpack
 from ..session import SessionOptions
 from ..worker import thread_environment
 from .client import WorkerClient
 
-__all__ = ["LocalWorker"]
+__all__ = ["HostTarget", "LocalWorker"]
 
 _PREFIX = "edgestill-"
 _TAIL_BYTES = 16384
@@ -195,6 +195,30 @@ class LocalWorker(WorkerClient):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class HostTarget:
+    """This machine: a :class:`edgestill.runtimes.targets.Target` that starts a :class:`LocalWorker` each time."""
+
+    name = "host"
+    source: Literal["measured"] = "measured"
+
+    def __init__(self, address: str = "") -> None:
+        if address:
+            raise UsageError(f"host:{address}", hint="this machine is just `host`")
+
+    def open_worker(self, folder: Path, options: SessionOptions, *, cold: bool = False) -> LocalWorker:
+        """A worker process of its own."""
+        return LocalWorker(folder, options, cold=cold)
+
+    def facts(self) -> None:
+        """``None``: this machine describes itself."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def _command(threads: int) -> list[str]:

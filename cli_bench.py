@@ -1,0 +1,60 @@
+"""``edgestill bench``: measuring, and what is done with measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .cli_output import Json, Threads, WithDefault, emit, listed, with_progress
+
+if TYPE_CHECKING:
+    from .stages import Observer
+
+__all__ = ["benching"]
+
+
+class _Bench(WithDefault):
+    """``edgestill bench SUBJECT…`` is short for ``edgestill bench run SUBJECT…``."""
+
+    default = "run"
+
+
+benching = typer.Typer(
+    cls=_Bench, no_args_is_help=True, help="Measure artifacts and model folders: edgestill bench ARTIFACT…"
+)
+
+
+@benching.callback()
+def _bench() -> None:
+    """Without it, a group of a single command would be that command."""
+
+
+@benching.command("run")
+def bench(
+    subjects: Annotated[list[Path], typer.Argument(help="Artifact folders or model folders.")],
+    target: Annotated[
+        list[str], typer.Option(help="Where to measure: host, and what `edgestill devices list` names (commas).")
+    ] = ["host"],  # noqa: B006 - typer copies it
+    threads: Threads = 2,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of the timed input.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded in a timed generation.")] = 32,
+    launches: Annotated[int, typer.Option(min=1, help="Fresh processes per subject.")] = 3,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One launch, five repeats: a first look, not a result.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure speed, memory and size, interleaved, each in fresh processes. The first subject is the baseline.
+
+    The word `run` may be left out.
+    """
+
+    def work(observer: Observer) -> Any:
+        from .benchmark import BenchRequest, bench_subjects
+
+        request = BenchRequest(tuple(subjects), listed(target), threads, length, new_tokens, launches, quick)
+        return bench_subjects(request, observer)
+
+    emit(with_progress(work), as_json)
