@@ -15,6 +15,7 @@ from edgestill.errors import EdgestillError
 
 from ..context import Context, busy_note
 from ..environments import LLAMA_CPP_CONVERTER
+from ..models import Kind
 from ..processes import PROGRAMS, Launch, launch_measured
 from ..registry import Taken, Unavailable, figure
 
@@ -27,6 +28,8 @@ AGAINST = ("onnx:fp32", "gguf:f16", "gguf:q8_0")
 PEER = "torch.onnx.export(dynamo=True); convert_hf_to_gguf.py of llama.cpp"
 
 Quantity = Literal["seconds", "peak_bytes"]
+
+__all__ = ["artifacts", "beside", "ratio"]
 
 
 @figure("export_seconds", group="export", title="time of an export", unit="s", variants=VARIANTS, peer="none")
@@ -55,7 +58,7 @@ def export_peak_memory_bytes(context: Context, variant: str) -> Taken:
     limit=1.0, variants=AGAINST, peer=PEER, environment=LLAMA_CPP_CONVERTER,
 )  # fmt: skip
 def export_seconds_ratio(context: Context, variant: str) -> Taken:
-    return _ratio(context, variant, "seconds")
+    return ratio(context, variant, "seconds")
 
 
 @figure(
@@ -63,7 +66,7 @@ def export_seconds_ratio(context: Context, variant: str) -> Taken:
     unit="ratio", limit=1.0, variants=AGAINST, peer=PEER, environment=LLAMA_CPP_CONVERTER,
 )  # fmt: skip
 def export_peak_memory_ratio(context: Context, variant: str) -> Taken:
-    return _ratio(context, variant, "peak_bytes")
+    return ratio(context, variant, "peak_bytes")
 
 
 def _absolute(context: Context, samples: list[float], what: str, busy: str) -> Taken:
@@ -76,7 +79,7 @@ def _ours(context: Context, to: str) -> tuple[list[Launch], str]:
     """Fresh processes of our export: those that stood beside a peer, where there is one."""
     if to in AGAINST:
         try:
-            (ours, _), busy = _beside(context, to)
+            (ours, _), busy = beside(context, to)
         except Unavailable:
             pass  # ours can be measured without it
         else:
@@ -91,24 +94,28 @@ def _ours(context: Context, to: str) -> tuple[list[Launch], str]:
     return context.once(("export", to), take)
 
 
-def _ratio(context: Context, to: str, quantity: Quantity) -> Taken:
-    (ours, theirs), busy = _beside(context, to)
+def ratio(context: Context, to: str, quantity: Quantity, kind: Kind = "encoder") -> Taken:
+    """The median of ours over that of the format's own tool."""
+    (ours, theirs), busy = beside(context, to, kind)
     left, right = ([[float(getattr(one, quantity))] for one in side] for side in (ours, theirs))
     found = ratio_interval(left, right)
     how = (
         f"ratio of medians over {_peer_name(to)}, {len(left)} fresh processes of each, interleaved, imports included, "
-        f"{context.model_note('encoder')}"
+        f"{context.model_note(kind)}"
     )
     interval = (found.low, found.high) if len(left) > 1 else None
     return Taken(found.value, f"{how}; {busy}" if busy and quantity == "seconds" else how, interval, void=context.void)
 
 
-def _beside(context: Context, to: str) -> tuple[tuple[list[Launch], list[Launch]], str]:
-    """Ours and the peer's launches in turns (ours first, then the peer first …)."""
-    model = context.model("encoder")
+def beside(context: Context, to: str, kind: Kind = "encoder") -> tuple[tuple[list[Launch], list[Launch]], str]:
+    """Ours and the peer's launches in turns (ours first, then the peer first …), and whether others used the machine.
+
+    The last artifacts stay in the scratch folder as :func:`artifacts` says.
+    """
+    model = context.model(kind)
 
     def take() -> tuple[tuple[list[Launch], list[Launch]], str]:
-        peer = _peer(context, to)
+        peer = _peer(context, to, kind)
         sides: tuple[list[Launch], list[Launch]] = ([], [])
         runs: tuple[Callable[[], Launch], Callable[[], Launch]] = (lambda: _export(context, model.path, to), peer)
         with LoadProbe() as probe:
@@ -117,22 +124,27 @@ def _beside(context: Context, to: str) -> tuple[tuple[list[Launch], list[Launch]
                     sides[side].append(runs[side]())
         return sides, busy_note(probe)
 
-    return context.once(("beside", to), take)
+    return context.once(("beside", to, kind), take)
+
+
+def artifacts(context: Context) -> tuple[Path, Path]:
+    """Where our artifact folder and the peer's file of the last :func:`beside` lie."""
+    return context.scratch / "ours", context.scratch / "theirs.bin"
 
 
 def _export(context: Context, model: Path, to: str) -> Launch:
     context.progress(f"exporting {to}")
-    return _run(context, "export_ours.py", model, context.scratch / "ours", to)
+    return _run(context, "export_ours.py", model, artifacts(context)[0], to)
 
 
 def _peer_name(to: str) -> str:
     return "torch.onnx.export(dynamo=True)" if to.startswith("onnx") else "llama.cpp's convert_hf_to_gguf.py"
 
 
-def _peer(context: Context, to: str) -> Callable[[], Launch]:
+def _peer(context: Context, to: str, kind: Kind) -> Callable[[], Launch]:
     """One run of the format's own tool, tried once before anything is timed."""
-    model = context.model("encoder").path
-    target = context.scratch / "theirs.bin"
+    model = context.model(kind).path
+    target = artifacts(context)[1]
     if to.startswith("onnx"):
 
         def run() -> Launch:
