@@ -85,7 +85,8 @@ def _how(context: Context, trained: Trained, count: int) -> str:
     assert trained.recipe.distill is not None
     pairs = count * (count - 1) // 2
     return (
-        f"{trained.recipe.name}.toml: {trained.result.steps} steps in {trained.result.seconds:.0f} s on {context.threads} threads, "
+        f"{trained.recipe.name}.toml: {trained.result.steps} steps in {trained.result.seconds:.0f} s on "
+        f"{context.threads} threads, "
         f"{len(trained.data.split('train')):,} sentences; {pairs:,} pairs of {count} held-out sentences, vectors by "
         "transformers; sentences drawn again for the interval"
     )

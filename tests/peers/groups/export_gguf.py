@@ -52,7 +52,7 @@ def gguf_memory(context: Context, variant: str) -> Taken:
 
 
 def _contents(path: Path) -> dict[str, Any]:
-    """Tensors and tokenizer keys of a file, read by llama.cpp's own package: name -> type, shape and bytes, or value."""
+    """Tensors and tokenizer keys of a file, read by llama.cpp's own package: type, shape and bytes, or value."""
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
