@@ -14,16 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..runtimes.machine import machine_facts, usable_threads
+
 __all__ = ["BUSY_FRACTION", "LoadProbe", "describe_environment", "device_label", "package_versions", "usable_threads"]
 
 # Share of all cores that other processes (or the hypervisor) may use before timings are flagged.
 BUSY_FRACTION = 0.10
-
-# CPU features that decide which kernels a runtime picks, so that change speed or int8 results.
-_FLAGS = {
-    "x86": ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16"),
-    "arm": ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"),
-}
 
 _PACKAGES = (
     "edgestill", "numpy", "scipy", "torch", "transformers", "accelerate", "tokenizers", "optimum", "onnx",
@@ -50,22 +46,10 @@ def describe_environment(*, root: Path = Path("/"), versions: Mapping[str, str] 
     """
     import psutil
 
-    processor, flags = _processor(root)
-    governor, reason = _governor(root)
-    return {
-        "system": platform.system(),
-        "release": platform.release(),
-        "machine": platform.machine(),
-        "cpu": processor,
-        "cpu_flags": flags,
-        "cores_physical": psutil.cpu_count(logical=False),
-        "cores_logical": psutil.cpu_count(logical=True),
-        "cores_usable": usable_threads(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "governor": governor,
-        "governor_reason": reason,
-        "versions": dict(versions) if versions is not None else package_versions(),
-    }
+    facts = machine_facts(root=root)
+    if facts["cores_physical"] is None:
+        facts["cores_physical"] = psutil.cpu_count(logical=False)
+    return {**facts, "versions": dict(versions) if versions is not None else package_versions()}
 
 
 def device_label(environment: Mapping[str, Any]) -> str:
@@ -107,11 +91,6 @@ class LoadProbe:
         }
 
 
-def usable_threads() -> int:
-    """CPU threads that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
@@ -129,28 +108,3 @@ def _machine_seconds() -> tuple[float, float]:
 def _own_seconds() -> float:
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
-
-
-def _processor(root: Path) -> tuple[str | None, list[str]]:
-    """Model name and the flags that matter, from ``proc/cpuinfo``; on other systems what Python knows."""
-    path = root / "proc/cpuinfo"
-    if not path.is_file():
-        return platform.processor() or None, []
-    facts: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        key, colon, value = line.partition(":")
-        if colon:
-            facts.setdefault(key.strip().lower(), value.strip())
-    name = facts.get("model name") or facts.get("hardware")
-    if name is None and "cpu part" in facts:
-        name = f"ARM implementer {facts.get('cpu implementer', '?')} part {facts['cpu part']}"
-    present = set((facts.get("flags") or facts.get("features") or "").split())
-    return name, [flag for group in _FLAGS.values() for flag in group if flag in present]
-
-
-def _governor(root: Path) -> tuple[str | None, str | None]:
-    paths = sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor"))
-    names = {path.read_text(encoding="utf-8").strip() for path in paths}
-    if not names:
-        return None, "no cpufreq interface (a virtual machine, or not Linux)"
-    return ", ".join(sorted(names)), None

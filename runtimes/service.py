@@ -22,8 +22,10 @@ from .. import __version__
 from ..artifact import ARTIFACT_FILE, open_artifact
 from ..errors import BadInput, MissingDependency, WorkerError
 from . import memory, timing
+from .machine import machine_facts
 from .protocol import OPERATIONS, PROTOCOL_VERSION, Exchange
 from .scoring import score
+from .sensors import read_sensors
 from .session import Session, SessionInfo, SessionOptions, check_batch, check_prompt, open_session
 
 __all__ = ["Prepare", "Service", "import_runtime", "prepare_session"]
@@ -86,6 +88,8 @@ class Service:
             "time_forward": self.time_forward,
             "time_decode": self.time_decode,
             "memory": self.memory,
+            "facts": self.facts,
+            "sensors": self.sensors,
             "close": self.close,
         }
 
@@ -227,6 +231,14 @@ class Service:
             "samples": load.samples + run.samples,
             "reason": reason,
         }
+
+    def facts(self, request: Fields) -> dict[str, Any]:
+        """The machine: :func:`edgestill.runtimes.machine.machine_facts`. Needs no model."""
+        return machine_facts()
+
+    def sensors(self, request: Fields) -> dict[str, Any]:
+        """One reading: :func:`edgestill.runtimes.sensors.read_sensors`. Needs no model."""
+        return read_sensors()
 
     def close(self, request: Fields) -> dict[str, Any]:
         """Close the model; the worker ends after the reply."""

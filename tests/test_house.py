@@ -42,6 +42,7 @@ FLOORS = {
 }  # fmt: skip
 DEVICE_SIDE = (
     "session", "worker", "protocol", "scoring", "memory", "timing", "ort_session", "llamacpp", "coreml_session", "mil",
+    "machine", "sensors",
 )  # fmt: skip
 NEVER_ON_A_DEVICE = {"torch", "transformers", "pydantic", "rich", "typer", "scipy", "onnx", "gguf", "safetensors"}
 

@@ -120,6 +120,19 @@ class WorkerClient(abc.ABC):
         """
         return self.request("memory")
 
+    def facts(self) -> dict[str, Any] | None:
+        """The worker's machine, in the keys of :func:`edgestill.runtimes.machine.machine_facts`; ``None`` from a worker
+        that does not tell."""
+        return self._optional("facts")
+
+    def sensors(self) -> dict[str, Any] | None:
+        """One reading of :func:`edgestill.runtimes.sensors.read_sensors`; ``None`` from a worker that has no such
+        operation."""
+        return self._optional("sensors")
+
+    def _optional(self, op: str) -> dict[str, Any] | None:
+        return self.request(op) if op in self.capabilities.get("operations", ()) else None
+
     def _put(self, array: npt.ArrayLike) -> dict[str, Any]:
         return self.exchange.put(np.asarray(array, np.int64))
 

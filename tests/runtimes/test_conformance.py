@@ -17,6 +17,7 @@ from edgestill.artifact import ARTIFACT_FILE, TOKEN_TASKS, open_artifact
 from edgestill.errors import BadInput, Unsupported, WorkerError
 from edgestill.recipe import ExportConfig
 from edgestill.runtimes.scoring import score
+from edgestill.runtimes.sensors import FIELDS
 from edgestill.runtimes.session import SessionInfo, SessionOptions
 from edgestill.runtimes.torch_session import TorchSession
 from edgestill.runtimes.transports.local import LocalWorker
@@ -269,6 +270,24 @@ def test_timings_and_memory_are_taken_on_the_worker(opened):
     assert told["peak_rss"] > told["peak_anonymous"] >= told["load_anonymous"] > 0
     assert told["baseline_anonymous"] > 0
     assert opened.worker.load_seconds > 0
+
+
+def test_the_machine_and_its_sensors_are_told_where_the_worker_lists_them(opened):
+    """Both are optional; what is listed keeps the page: every field there, null with a reason."""
+    listed = set(opened.worker.capabilities["operations"])
+    facts, sensors = opened.worker.facts(), opened.worker.sensors()
+    assert (facts is None, sensors is None) == ("facts" not in listed, "sensors" not in listed)
+    if facts is not None:
+        assert {"system", "machine", "cpu", "cpu_flags", "cores_usable", "memory_bytes", "governor"} <= set(facts)
+        assert facts["machine"] == opened.worker.capabilities["machine"]
+        assert facts["cores_usable"] >= 1
+        assert facts["governor"] or facts["governor_reason"]
+    if sensors is not None:
+        assert {*FIELDS, "time_s", "energy_range_j", "reasons"} == set(sensors)
+        assert {name for name in FIELDS if sensors[name] is None} == set(sensors["reasons"])
+        again = opened.worker.sensors()
+        assert again["time_s"] > sensors["time_s"]
+        assert all(again["energy_j"][name] is not None for name in sensors["energy_j"] or ())
 
 
 def test_an_artifact_says_what_it_is_and_is_checked(exported, tmp_path):

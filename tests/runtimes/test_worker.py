@@ -91,6 +91,14 @@ def test_hello_says_version_and_operations(raw):
     assert hello["worker"] == "edgestill-python"
 
 
+def test_the_machine_and_its_sensors_need_no_model(raw):
+    raw.hello()
+    assert raw.get("facts")["cores_usable"] >= 1
+    reading = raw.get("sensors")
+    assert reading["time_s"] > 0
+    assert all(reading["reasons"].values())
+
+
 def test_another_version_is_refused_and_both_are_named(raw):
     error = raw.ask("hello", protocol=2, exchange=str(raw.exchange.folder))["error"]
     assert error["kind"] == "WorkerError"
@@ -334,6 +342,15 @@ def test_the_page_for_implementers_names_everything(raw, toy):
     assert f"version {PROTOCOL_VERSION}" in page
     raw.hello()
     opened = raw.get("open", folder=str(toy()), cold=True)
-    names = {*OPERATIONS, *DTYPES, *opened, *opened["info"], *opened["cold"], *raw.get("memory")}
+    names = {
+        *OPERATIONS,
+        *DTYPES,
+        *opened,
+        *opened["info"],
+        *opened["cold"],
+        *raw.get("memory"),
+        *raw.get("facts"),
+        *raw.get("sensors"),
+    }
     names |= {*raw.get("time_decode", prompt_ids=[1], max_new_tokens=2, repeats=1, warmup=0, max_seconds=1)}
     assert [name for name in sorted(names) if name not in page] == []
