@@ -1,8 +1,8 @@
 """Energy, temperature, frequency and throttling, where a machine has sensors. Standard library only.
 
 Linux tells them below ``/sys`` (powercap for energy, thermal zones, cpufreq, the throttle counters of x86, cooling
-devices); Android tells more through ``dumpsys``, whose text :func:`parse_dumpsys` reads. A sensor that is missing or that
-may not be read is ``None``, with the reason in ``reasons``: never a guess. Virtual machines have none of them.
+devices); Android tells more through ``dumpsys``, whose text :func:`parse_dumpsys` reads. A sensor that is missing or
+that may not be read is ``None``, with the reason in ``reasons``: never a guess. Virtual machines have none of them.
 """
 
 from __future__ import annotations
