@@ -9,10 +9,12 @@ from typing import Any
 from .artifact import ARTIFACT_FILE, open_artifact
 from .bench.compare import Comparison, compare
 from .bench.environment import describe_environment
+from .bench.predicted import predicted_rows
 from .bench.records import Measurement
 from .bench.sample_text import SAMPLE_TEXT
 from .errors import BadInput, UsageError
 from .recipe import BenchConfig
+from .runtimes.targets import parse_target
 from .stages import Observer
 
 __all__ = ["BenchRequest", "BenchResult", "bench_subjects"]
@@ -80,9 +82,14 @@ def bench_subjects(request: BenchRequest, observer: Observer) -> BenchResult:
     environment = describe_environment()
     observer.started("bench", "measure")
     rows = measure_size(subjects, environment=environment)
-    rows += measure_speed(
-        subjects, config, ids=ids, task=next(iter(tasks.values())), environment=environment, progress=observer.advanced
-    )
+    for target in map(parse_target, request.target):
+        if target.scheme == "profile":
+            rows += predicted_rows(subjects, target.address, length=length, new_tokens=request.new_tokens)
+        else:
+            rows += measure_speed(
+                subjects, config, ids=ids, task=next(iter(tasks.values())), environment=environment,
+                progress=observer.advanced,
+            )  # fmt: skip
     return BenchResult(tuple(rows), tuple(compare(rows, subjects[0].name)))
 
 

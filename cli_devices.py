@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_output import Json, emit, with_progress
+from .cli_output import Json, Threads, emit, with_progress
 
 if TYPE_CHECKING:
     from .stages import Observer
@@ -23,11 +24,41 @@ def _devices() -> None:
 
 @devices.command("list")
 def list_devices(as_json: Json = False) -> None:
-    """The kinds of targets that `edgestill bench --target` takes."""
+    """The kinds of targets that `edgestill bench --target` takes, and the devices that can be predicted."""
 
     def work(observer: Observer) -> Any:
         from .devices import list_targets
 
         return list_targets()
+
+    emit(with_progress(work), as_json)
+
+
+@devices.command("show")
+def show_device(
+    name: Annotated[str, typer.Argument(help="A profile of `edgestill devices list`, or a .toml file of your own.")],
+    as_json: Json = False,
+) -> None:
+    """What is documented of a device, every number with its source, and how well predictions for it hold."""
+    from .devices import show_profile
+
+    emit(show_profile(name), as_json)
+
+
+@devices.command("calibrate")
+def calibrate(
+    subjects: Annotated[list[Path], typer.Argument(help="Artifacts of one model: a GGUF one and others.")],
+    threads: Threads = 2,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of the timed input.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded in a timed generation.")] = 32,
+    launches: Annotated[int, typer.Option(min=1, help="Fresh processes per subject.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Measure here how other runtimes compare with llama.cpp, so that `--target profile:NAME` can predict them."""
+
+    def work(observer: Observer) -> Any:
+        from .devices import CalibrateRequest, calibrate_host
+
+        return calibrate_host(CalibrateRequest(tuple(subjects), threads, length, new_tokens, launches), observer)
 
     emit(with_progress(work), as_json)

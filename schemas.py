@@ -47,7 +47,7 @@ def generate() -> dict[str, Mapping[str, Any]]:
     from .benchmark import BenchResult
     from .commands import ExportResult, VerifyResult
     from .delivery import RunResult
-    from .devices import TargetList
+    from .devices import Calibrated, DeviceSheet, TargetList
     from .distillation import DistillPlan
     from .doctor import DoctorReport
     from .loss_comparison import LossComparison
@@ -58,6 +58,7 @@ def generate() -> dict[str, Mapping[str, Any]]:
         "recipe": Recipe, "artifact": Manifest, "measurement": Measurement, "verdict": Verdict, "run": RunResult,
         "plan": Plan, "export": ExportResult, "verify": VerifyResult, "bench": BenchResult, "doctor": DoctorReport,
         "loss_comparison": LossComparison, "distill-plan": DistillPlan, "targets": TargetList,
+        "device": DeviceSheet, "calibration": Calibrated,
     }  # fmt: skip
     found: dict[str, Mapping[str, Any]] = {}
     for name, type_ in types.items():

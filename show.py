@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +13,12 @@ from .bench.records import Verdict
 from .benchmark import BenchResult
 from .commands import ExportResult, VerifyResult
 from .delivery import ArtifactResult, RunResult
-from .devices import TargetList
+from .devices import Calibrated, DeviceSheet, TargetList
 from .distillation import DistillPlan
 from .doctor import DoctorReport
 from .loss_comparison import LossComparison
 from .plan import Plan
+from .show_devices import show_calibrated, show_predicted, show_sheet, show_targets
 from .terminal import print_table, stderr
 
 __all__ = ["show"]
@@ -126,14 +128,18 @@ def _verify(result: VerifyResult) -> None:
     _verdict(result.verdict)
 
 
-@show.register
-def _targets(result: TargetList) -> None:
-    rows = [(kind.address, kind.source, kind.description) for kind in result.kinds]
-    print_table("targets", ("--target", "numbers are", ""), rows, text=3)
+show.register(TargetList)(show_targets)
+show.register(DeviceSheet)(show_sheet)
+show.register(Calibrated)(show_calibrated)
 
 
 @show.register
 def _bench(result: BenchResult) -> None:
+    predicted = [row for row in result.measurements if row.source == "predicted"]
+    if predicted:  # in a table of its own: never in one row with what was measured
+        show_predicted(predicted)
+        measured = tuple(row for row in result.measurements if row.source != "predicted")
+        result = dataclasses.replace(result, measurements=measured)
     names = list(dict.fromkeys(row.subject for row in result.measurements))
     metrics = list(dict.fromkeys(row.metric for row in result.measurements if row.metric in _TITLES))
     taken = {(row.subject, row.metric): row for row in result.measurements}

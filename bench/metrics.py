@@ -95,6 +95,8 @@ METRICS: Mapping[str, Metric] = _table(
            "memory"),
     Metric("peak_anonymous_bytes", "bytes", "lower", ",.0f", "peak anonymous memory, baseline subtracted", "memory"),
     Metric("peak_file_backed_bytes", "bytes", "lower", ",.0f", "peak file-backed (mapped) memory", "memory"),
+    Metric("memory_share", "fraction", "lower", ".0%", "peak memory over what the device, or one process on it, has",
+           "memory"),
     Metric("baseline_bytes", "bytes", "lower", ",.0f", "memory of the runtime before it opens the artifact", "memory"),
     # size
     Metric("download_bytes", "bytes", "lower", ",.0f", "what an app ships, each file deflated", "size"),

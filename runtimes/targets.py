@@ -77,6 +77,7 @@ class Scheme:
 
 SCHEMES: Mapping[str, Scheme] = {
     "host": Scheme("host", "measured", "this machine", "local:HostTarget"),
+    "profile": Scheme("profile:NAME", "predicted", "a documented device, by calculation"),
 }
 
 
