@@ -62,3 +62,21 @@ def calibrate(
         return calibrate_host(CalibrateRequest(tuple(subjects), threads, length, new_tokens, launches), observer)
 
     emit(with_progress(work), as_json)
+
+
+@devices.command("build-runner")
+def build_runner(
+    target: Annotated[str, typer.Option(help="Processor: aarch64 or x86_64.")] = "aarch64",
+    level: Annotated[str, typer.Option(help="armv8.0, dotprod or i8mm (x86_64: avx2); all of them.")] = "all",
+    out: Annotated[Path | None, typer.Option(help="Also copy the binaries to this folder.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Compilations at once (default: one a core).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Build the native runner: llama.cpp on the CPU in one static file, for devices without Python."""
+
+    def work(observer: Observer) -> Any:
+        from .runner_build import BuildRunnerRequest, build_runners
+
+        return build_runners(BuildRunnerRequest(target, level, out, jobs), observer)
+
+    emit(with_progress(work), as_json)

@@ -53,12 +53,13 @@ def generate() -> dict[str, Mapping[str, Any]]:
     from .loss_comparison import LossComparison
     from .plan import Plan
     from .recipe import Recipe
+    from .runner_build import RunnerResult
 
     types: dict[str, Any] = {
         "recipe": Recipe, "artifact": Manifest, "measurement": Measurement, "verdict": Verdict, "run": RunResult,
         "plan": Plan, "export": ExportResult, "verify": VerifyResult, "bench": BenchResult, "doctor": DoctorReport,
         "loss_comparison": LossComparison, "distill-plan": DistillPlan, "targets": TargetList,
-        "device": DeviceSheet, "calibration": Calibrated,
+        "device": DeviceSheet, "calibration": Calibrated, "runner": RunnerResult,
     }  # fmt: skip
     found: dict[str, Mapping[str, Any]] = {}
     for name, type_ in types.items():

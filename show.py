@@ -18,6 +18,7 @@ from .distillation import DistillPlan
 from .doctor import DoctorReport
 from .loss_comparison import LossComparison
 from .plan import Plan
+from .runner_build import RunnerResult
 from .show_devices import show_calibrated, show_predicted, show_sheet, show_targets
 from .terminal import print_table, stderr
 
@@ -252,6 +253,18 @@ def _verdict(verdict: Verdict) -> None:
     )
     if verdict.note:
         stderr.print(verdict.note, markup=False)
+
+
+@show.register
+def _runner(result: RunnerResult) -> None:
+    rows = [
+        (one.target, one.level, _bytes(one.size_bytes), f"{one.compiled} new, {one.reused} kept", _seconds(one.seconds))
+        for one in result.binaries
+    ]
+    print_table("native runner", ("for", "level", "size", "units", "took"), rows, text=2)
+    for one in result.binaries:
+        stderr.print(str(one.path), markup=False, soft_wrap=True)
+    stderr.print(f"{result.engine}, {result.compiler}; runs on the CPU only", style="dim", markup=False)
 
 
 def _bytes(value: float | None) -> str:

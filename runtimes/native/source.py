@@ -9,8 +9,9 @@ from pathlib import Path
 from ...fetch import fetch_source
 from ...files import hash_file, hash_json
 from ...progress import Progress, silent
+from .levels import LEVELS
 
-__all__ = ["ENGINE", "Engine", "Unit", "engine_source", "own_sources", "runner_id", "units"]
+__all__ = ["COMMON_FLAGS", "ENGINE", "Engine", "Unit", "engine_source", "own_sources", "runner_id", "units"]
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ ENGINE = Engine(
 
 # As in the CMake files of that version (Release, static, CPU backend with weight repacking and llamafile's matrix
 # products, threads of its own). Only the CPU backend's files are compiled for a level; the rest is the same in all.
-_COMMON = (
-    "-O3", "-DNDEBUG", "-g0", "-fno-sanitize=all", "-fno-strict-aliasing", "-w", "-D_GNU_SOURCE",
-    "-D_XOPEN_SOURCE=600", "-DGGML_SCHED_MAX_COPIES=4", "-DGGML_USE_CPU", "-Iversions", "-Iinclude", "-Isrc",
-    "-Iggml/include", "-Iggml/src", "-Iggml/src/ggml-cpu", "-Ivendor",
+COMMON_FLAGS = (
+    "-O3", "-DNDEBUG", "-g0", "-fno-sanitize=all", "-w", "-D_GNU_SOURCE",
+    "-D_XOPEN_SOURCE=600", "-DGGML_SCHED_MAX_COPIES=4", "-DGGML_USE_CPU", "-Iinclude", "-Isrc", "-Iggml/include",
+    "-Iggml/src", "-Iggml/src/ggml-cpu", "-Ivendor", "-Ivendor/hash",
 )  # fmt: skip
 _CPU = ("-DGGML_USE_CPU_REPACK", "-DGGML_USE_LLAMAFILE")
 _BASE = ("ggml.c", "ggml.cpp", "ggml-alloc.c", "ggml-backend.cpp", "ggml-backend-meta.cpp", "ggml-opt.cpp",
@@ -69,7 +70,8 @@ def own_sources() -> tuple[Path, ...]:
 def runner_id() -> str:
     """sha256 over all that decides what the binary does: the engine, our source, the flags."""
     own = [[path.name, hash_file(path)] for path in own_sources()]
-    return hash_json([ENGINE.sha256, own, _COMMON, _CPU, _BASE, _BACKEND])
+    levels = [[level.name, level.cpu] for level in LEVELS.values()]
+    return hash_json([ENGINE.sha256, own, COMMON_FLAGS, _CPU, _BASE, _BACKEND, _MODELS_TOGETHER, levels])
 
 
 def engine_source(*, cache: Path | None = None, progress: Progress = silent) -> Path:

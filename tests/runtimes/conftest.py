@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,31 @@ def toy_command() -> list[str]:
     """The command line of a worker that runs toy models."""
     script = Path(__file__).with_name("toy_worker.py")
     return [sys.executable, str(script), "--threads", "1", "--parent", str(os.getpid())]
+
+
+@pytest.fixture(scope="session")
+def native_command() -> Callable[[str], list[str]]:
+    """The command line of the native runner: of this machine (``""``) or on an emulated ARM core (``"cortex-a76"``, at
+    the level that this core takes, or at another one). Skips when it was not built."""
+    from edgestill.errors import EdgestillError
+    from edgestill.runtimes.machine import machine_facts
+    from edgestill.runtimes.native import find_runner
+
+    features = {"armv8.0": [], "dotprod": ["asimddp", "asimdhp"], "i8mm": ["asimddp", "asimdhp", "i8mm"]}
+
+    def command(core: str = "", level: str = "armv8.0") -> list[str]:
+        try:
+            if not core:
+                return [str(find_runner(platform.machine(), machine_facts()))]
+            runner = find_runner("aarch64", {"cpu_flags": features[level]})
+        except EdgestillError as error:
+            pytest.skip(f"{error.message}; {error.hint}")
+        emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+        if emulator is None:
+            pytest.skip("no qemu-aarch64: apt-get install qemu-user-static")
+        return [emulator, "-cpu", core, str(runner)]
+
+    return command
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

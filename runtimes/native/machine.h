@@ -1,0 +1,39 @@
+// What the system tells about this process and its machine: memory, page cache, processor (Linux and Android).
+#pragma once
+
+#include "exchange.h"
+
+#include <atomic>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+
+struct Reading {  // bytes that are resident now
+    bool told = false;
+    int64_t anonymous = 0, file_backed = 0, rss = 0, peak = 0;
+};
+
+Reading read_memory();
+bool reset_peak();  // false where /proc/self/clear_refs can't be written
+
+// Highest anonymous and file-backed memory seen between start() and stop(), sampled every 10 ms.
+class PeakSampler {
+  public:
+    void start();
+    void stop();
+    void sample();
+    std::optional<int64_t> anonymous, file_backed;
+    int samples = 0;
+
+  private:
+    std::mutex lock_;
+    std::atomic<bool> running_{false};
+    std::thread thread_;
+};
+
+// Drop a folder's files from the page cache, and look whether that worked.
+json evict_page_cache(const std::string & folder);
+
+std::string machine();  // uname -m
+json machine_facts();
