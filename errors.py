@@ -11,6 +11,7 @@
     +-- Inconclusive                   3  the noise is larger than the limit
     +-- MissingDependency              4  a Python package, runtime or tool is not installed
     +-- WorkerError                    5  a worker process died, hung up or timed out
+    |   +-- LinkLost                      the link to a device broke: what was cut is done again
     +-- ResourceExhausted              5  disk or memory ran out
 
 Whoever raises one says what failed, on which value, and (``hint``) what to do next.
@@ -25,6 +26,7 @@ __all__ = [
     "CheckFailed",
     "EdgestillError",
     "Inconclusive",
+    "LinkLost",
     "MissingDependency",
     "RecipeError",
     "ResourceExhausted",
@@ -95,6 +97,10 @@ class MissingDependency(EdgestillError):
 
 class WorkerError(EdgestillError):
     """A worker process died, broke the protocol or timed out."""
+
+
+class LinkLost(WorkerError):
+    """The link to a device broke in the middle. What was cut gave no number; it can be done again."""
 
 
 class ResourceExhausted(EdgestillError):
