@@ -77,6 +77,8 @@ class Scheme:
 
 SCHEMES: Mapping[str, Scheme] = {
     "host": Scheme("host", "measured", "this machine", "local:HostTarget"),
+    "ssh": Scheme("ssh://USER@BOARD:PORT/FOLDER", "measured", "a board, through OpenSSH", "ssh:SshTarget"),
+    "adb": Scheme("adb:SERIAL", "measured", "an Android phone, with the native runner", "adb:AdbTarget"),
     "profile": Scheme("profile:NAME", "predicted", "a documented device, by calculation"),
 }
 
