@@ -42,8 +42,8 @@ T = TypeVar("T")
 def quote(path: str) -> str:
     """``path`` as one word for any POSIX shell, whatever its characters; a leading ``~/`` is the home folder.
 
-    >>> quote("it's"), quote("~/my dir")
-    ("'it'\\"'\\"'s'", '"$HOME"/\\'my dir\\'')
+    >>> print(quote("it's"), quote("~/my dir"))
+    'it'"'"'s' "$HOME"/'my dir'
     """
     if path.startswith("~/"):
         return f'"$HOME"/{shlex.quote(path[2:])}' if path[2:] else '"$HOME"'
