@@ -58,3 +58,21 @@ def bench(
         return bench_subjects(request, observer)
 
     emit(with_progress(work), as_json)
+
+
+@benching.command("import")
+def import_results(
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Of llama-bench (json), AI Hub (profile), onnxruntime_perf_test, Xcode (a note)."),
+    ],
+    device: Annotated[str | None, typer.Option(help="The device, where the file does not say it.")] = None,
+    artifact: Annotated[Path | None, typer.Option(help="The artifact folder that was measured.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Add the rows to this measurements file (JSON lines).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read results of other tools into the same records, marked with their origin: an iPhone's way in."""
+    from .bench_import import ImportRequest
+    from .bench_import import import_results as read
+
+    emit(read(ImportRequest(tuple(files), device, artifact, out)), as_json)

@@ -44,6 +44,7 @@ def generate() -> dict[str, Mapping[str, Any]]:
 
     from .artifact import Manifest
     from .bench.records import Measurement, Verdict
+    from .bench_import import ImportResult
     from .benchmark import BenchResult
     from .commands import ExportResult, VerifyResult
     from .delivery import RunResult
@@ -59,7 +60,7 @@ def generate() -> dict[str, Mapping[str, Any]]:
         "recipe": Recipe, "artifact": Manifest, "measurement": Measurement, "verdict": Verdict, "run": RunResult,
         "plan": Plan, "export": ExportResult, "verify": VerifyResult, "bench": BenchResult, "doctor": DoctorReport,
         "loss_comparison": LossComparison, "distill-plan": DistillPlan, "targets": TargetList,
-        "device": DeviceSheet, "calibration": Calibrated, "runner": RunnerResult,
+        "device": DeviceSheet, "calibration": Calibrated, "runner": RunnerResult, "import": ImportResult,
     }  # fmt: skip
     found: dict[str, Mapping[str, Any]] = {}
     for name, type_ in types.items():

@@ -10,6 +10,7 @@ from typing import Any
 
 from .bench.metrics import METRICS
 from .bench.records import Verdict
+from .bench_import import ImportResult
 from .benchmark import BenchResult
 from .commands import ExportResult, VerifyResult
 from .delivery import ArtifactResult, RunResult
@@ -19,7 +20,7 @@ from .doctor import DoctorReport
 from .loss_comparison import LossComparison
 from .plan import Plan
 from .runner_build import RunnerResult
-from .show_devices import show_calibrated, show_predicted, show_sheet, show_targets
+from .show_devices import show_calibrated, show_imported, show_predicted, show_sheet, show_targets
 from .terminal import print_table, stderr
 
 __all__ = ["show"]
@@ -132,6 +133,7 @@ def _verify(result: VerifyResult) -> None:
 show.register(TargetList)(show_targets)
 show.register(DeviceSheet)(show_sheet)
 show.register(Calibrated)(show_calibrated)
+show.register(ImportResult)(show_imported)
 
 
 @show.register

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from .bench.metrics import METRICS
 from .bench.records import Measurement
+from .bench_import import ImportResult
 from .devices import Calibrated, DeviceSheet, TargetList
 from .terminal import print_table, stderr
 
-__all__ = ["show_calibrated", "show_predicted", "show_sheet", "show_targets"]
+__all__ = ["show_calibrated", "show_imported", "show_predicted", "show_sheet", "show_targets"]
 
 _PREDICTED = {
     "decode_tokens_per_s": "decode", "prefill_tokens_per_s": "prefill", "latency_ms": "latency",
@@ -99,3 +100,16 @@ def _cell(row: Measurement | None) -> str:
         return text
     low, high = (METRICS[row.metric].show(end).split(" ")[0] for end in (found.low, found.high))
     return f"{text}\n{low}–{high}"
+
+
+def show_imported(result: ImportResult) -> None:
+    """What was read from other tools' files, a row a measurement."""
+    rows = [
+        (row.subject, row.device, row.metric, METRICS[row.metric].show(row.summary.value), f"n = {row.summary.n}")
+        for row in result.measurements
+        if row.summary is not None
+    ]
+    tools = ", ".join(dict.fromkeys(row.origin or "" for row in result.measurements))
+    print_table(f"measured by {tools}", ("", "", "", "", ""), rows, text=3)
+    if result.out:
+        stderr.print(f"added to {result.out}", style="dim", markup=False, soft_wrap=True)
