@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .artifact import ARTIFACT_FILE, open_artifact
 from .bench.compare import Comparison, compare
@@ -17,7 +17,10 @@ from .recipe import BenchConfig
 from .runtimes.targets import parse_target
 from .stages import Observer
 
-__all__ = ["BenchRequest", "BenchResult", "bench_subjects"]
+if TYPE_CHECKING:
+    from .bench.measure import Subject
+
+__all__ = ["BenchRequest", "BenchResult", "bench_subjects", "sample_ids"]
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,15 @@ def bench_subjects(request: BenchRequest, observer: Observer) -> BenchResult:
     )  # fmt: skip
     room = request.new_tokens if next(iter(tasks.values())) == "text-generation" else 0
     length = min(longest) if min(longest) == request.length else max(1, min(longest) - room)
-    ids = timed_input(_sample_ids(request.subjects[0]), 1, length)
+    ids = timed_input(sample_ids(request.subjects[0]), 1, length)
     environment = describe_environment()
     observer.started("bench", "measure")
     rows = measure_size(subjects, environment=environment)
     for target in map(parse_target, request.target):
         if target.scheme == "profile":
             rows += predicted_rows(subjects, target.address, length=length, new_tokens=request.new_tokens)
+        elif target.scheme == "qemu":
+            rows += _counted(str(target), subjects, ids, next(iter(tasks.values())), request.quick, observer)
         else:
             rows += measure_speed(
                 subjects, config, ids=ids, task=next(iter(tasks.values())), environment=environment,
@@ -93,7 +98,20 @@ def bench_subjects(request: BenchRequest, observer: Observer) -> BenchResult:
     return BenchResult(tuple(rows), tuple(compare(rows, subjects[0].name)))
 
 
-def _sample_ids(folder: Path) -> list[list[int]]:
+def _counted(
+    target: str, subjects: list[Subject], ids: Any, task: str, quick: bool, observer: Observer
+) -> list[Measurement]:
+    """Instructions instead of times, on an emulated core."""
+    from .bench.emulated import measure_instructions
+    from .runtimes.transports.qemu import QemuTarget
+
+    with QemuTarget(parse_target(target).address) as place:
+        return measure_instructions(
+            subjects, place, ids=ids, task=task, launches=1 if quick else 2, progress=observer.advanced
+        )
+
+
+def sample_ids(folder: Path) -> list[list[int]]:
     """The built-in sample as token ids of the first subject's own tokenizer."""
     from .errors import MissingDependency
 

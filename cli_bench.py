@@ -76,3 +76,27 @@ def import_results(
     from .bench_import import import_results as read
 
     emit(read(ImportRequest(tuple(files), device, artifact, out)), as_json)
+
+
+@benching.command("parity")
+def parity(
+    artifact: Annotated[Path, typer.Argument(help="An ONNX artifact folder.")],
+    limit: Annotated[
+        float | None, typer.Option(help="Most that machines may differ: rms of the difference over rms, e.g. 0.01.")
+    ] = None,
+    core: Annotated[str, typer.Option(help="The Arm core that is emulated.")] = "cortex-a76",
+    examples: Annotated[int, typer.Option(min=1, help="Sentences.")] = 2,
+    length: Annotated[int, typer.Option(min=2, help="Most tokens of a sentence (an emulator is slow).")] = 24,
+    strict: Annotated[bool, typer.Option("--strict", help="A machine that can't be tried here fails too.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Run the same inputs on x86, x86 without VNNI, Arm and WASM, and say who differs. Exit code 1 when one does."""
+
+    def work(observer: Observer) -> Any:
+        from .parity import ParityRequest, check_parity
+
+        return check_parity(ParityRequest(artifact, limit, core, examples, length, strict), observer)
+
+    result = with_progress(work)
+    emit(result, as_json)
+    return int(result.exit_code)

@@ -80,3 +80,15 @@ def build_runner(
         return build_runners(BuildRunnerRequest(target, level, out, jobs), observer)
 
     emit(with_progress(work), as_json)
+
+
+@devices.command("build-root")
+def build_root(as_json: Json = False) -> None:
+    """Build what emulated Arm cores (`--target qemu:cortex-a76`) need: an aarch64 Python with ONNX Runtime."""
+
+    def work(observer: Observer) -> Any:
+        from .emulation import BuildRootRequest, build_emulation_root
+
+        return build_emulation_root(BuildRootRequest(), observer)
+
+    emit(with_progress(work), as_json)

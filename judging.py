@@ -191,10 +191,13 @@ class Judge:
     def _rows(
         self, estimates: Sequence[Estimate], subject: str, subject_id: str, info: SessionInfo, **context: Any
     ) -> list[Measurement]:
+        from .runtimes.precision import scoring_protocol
+
         return [
             estimate.measurement(
                 subject=subject, artifact_id=subject_id, info=info, device=device_label(self.environment),
-                threads=self.recipe.bench.threads, environment=self.environment, **context,
+                threads=self.recipe.bench.threads, environment=self.environment,
+                protocol=scoring_protocol(info.runtime), **context,
             )
             for estimate in estimates
         ]  # fmt: skip
@@ -294,8 +297,8 @@ class Judge:
 
     def _tasks(self, name: str, path: Path, subject_id: str, references: Mapping[str, Path]) -> None:
         from .bench.tasks import task_estimates
+        from .runtimes.precision import scoring_options
         from .runtimes.scoring import open_reference
-        from .runtimes.session import SessionOptions
         from .runtimes.transports.local import LocalWorker
 
         rows = f"work/tasks/{name}.jsonl"
@@ -303,7 +306,7 @@ class Judge:
         def action() -> Mapping[str, Any]:
             measured: list[Measurement] = []
             notes = []
-            with LocalWorker(path, SessionOptions(self.recipe.bench.threads)) as worker:
+            with LocalWorker(path, scoring_options(path, self.recipe.bench.threads)) as worker:
                 for task, reference in references.items():
                     self.progress(f"{name} on {task}", None)
                     teacher = open_reference(reference).said

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import BadInput, EdgestillError, MissingDependency
@@ -28,10 +29,13 @@ _NEVER = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.h5", "*.ms
 _MODEL_FILES = ("*.json", "*.txt", "*.safetensors", "*.model", "*.jinja", "README.md", "LICENSE*")
 
 
-def download_pypi(name: str, version: str, folder: Path) -> Path:
-    """``name==version`` as a wheel in ``folder``, without what it requires."""
+def download_pypi(name: str, version: str, folder: Path, *, target: Sequence[str] = ()) -> Path:
+    """``name==version`` as a wheel in ``folder``, without what it requires.
+
+    ``target``: options of pip that name another platform than this one (``--platform …``).
+    """
     what = f"{name}=={version}"
-    _pip_download(f"pypi:{what}", folder, "--only-binary=:all:", what)
+    _pip_download(f"pypi:{what}", folder, "--only-binary=:all:", *target, what)
     return _only(folder, "*.whl", what)
 
 

@@ -51,7 +51,9 @@ def generate() -> dict[str, Mapping[str, Any]]:
     from .devices import Calibrated, DeviceSheet, TargetList
     from .distillation import DistillPlan
     from .doctor import DoctorReport
+    from .emulation import BuiltRoot
     from .loss_comparison import LossComparison
+    from .parity import ParityResult
     from .plan import Plan
     from .recipe import Recipe
     from .runner_build import RunnerResult
@@ -61,6 +63,7 @@ def generate() -> dict[str, Mapping[str, Any]]:
         "plan": Plan, "export": ExportResult, "verify": VerifyResult, "bench": BenchResult, "doctor": DoctorReport,
         "loss_comparison": LossComparison, "distill-plan": DistillPlan, "targets": TargetList,
         "device": DeviceSheet, "calibration": Calibrated, "runner": RunnerResult, "import": ImportResult,
+        "parity": ParityResult, "emulation-root": BuiltRoot,
     }  # fmt: skip
     found: dict[str, Mapping[str, Any]] = {}
     for name, type_ in types.items():

@@ -83,7 +83,9 @@ def _compare(row: Measurement, base: Measurement, seed: int) -> Comparison:
     metric = METRICS[row.metric]
     if metric.kind != "speed" or row.summary.statistic != "median" or base.summary.statistic != "median":
         ratio = row.summary.value / base.summary.value
-        return Comparison(row.metric, row.subject, base.subject, _direction(ratio, ratio, row.metric, 0.0), ratio)
+        # A count repeats to its own floor, whatever the machine does; sizes are exact.
+        noise = float(row.protocol.get("noise_floor") or 0.0) if metric.kind == "instructions" else 0.0
+        return Comparison(row.metric, row.subject, base.subject, _direction(ratio, ratio, row.metric, noise), ratio)
     interval = ratio_interval(row.samples, base.samples, seed=seed)
     floor = row.protocol.get("noise_floor")
     outcome = _direction(interval.low, interval.high, row.metric, floor or 0.0)

@@ -34,13 +34,15 @@ class Metric:
     better: Literal["higher", "lower"]
     format: str
     description: str
-    kind: Literal["accuracy", "speed", "memory", "size"]
+    kind: Literal["accuracy", "speed", "memory", "size", "instructions"]
     tasks: tuple[Task, ...] = _ALL
 
     def show(self, value: float) -> str:
         """``value`` for a human: bytes in decimal MB or GB, ratios in per cent, else by ``format`` with the unit."""
         if self.unit == "bytes":
             return f"{value / 1e9:.2f} GB" if abs(value) >= 1e9 else f"{value / 1e6:.1f} MB"
+        if self.unit == "instr":
+            return f"{value / 1e6:.2f} M"
         text = format(value, self.format)
         if self.unit in ("ratio", "fraction", "cosine", "correlation"):
             return text
@@ -90,6 +92,20 @@ METRICS: Mapping[str, Metric] = _table(
     Metric("decode_tokens_per_s", "tok/s", "higher", ".1f", "generated tokens a second, after the first", "speed",
            _GENERATION),
     Metric("time_to_first_token_ms", "ms", "lower", ".1f", "prompt in, first token out", "speed", _GENERATION),
+    # executed on an emulated core, which has no clock
+    Metric("instructions", "instr", "lower", ",.0f", "executed instructions of one forward pass of the timed input",
+           "instructions"),
+    Metric("instructions_dot", "instr", "lower", ",.0f", "of these int8 dot products (SDOT, UDOT, USDOT, SUDOT)",
+           "instructions"),
+    Metric("instructions_mmla", "instr", "lower", ",.0f", "of these matrix products (SMMLA, UMMLA, USMMLA, BFMMLA)",
+           "instructions"),
+    Metric("instructions_fmla", "instr", "lower", ",.0f", "of these floating-point multiply-adds (FMLA, FMADD …)",
+           "instructions"),
+    Metric("instructions_load", "instr", "lower", ",.0f", "of these loads", "instructions"),
+    Metric("instructions_store", "instr", "lower", ",.0f", "of these stores", "instructions"),
+    Metric("instructions_other", "instr", "lower", ",.0f", "of these all others", "instructions"),
+    Metric("decode_instructions", "instr", "lower", ",.0f", "executed instructions of one decoded token, after the "
+           "first", "instructions", _GENERATION),
     # memory of the worker, minus that of its runtime without a model
     Metric("peak_memory_bytes", "bytes", "lower", ",.0f", "peak resident memory, baseline of the runtime subtracted",
            "memory"),

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from ..artifact import TOKEN_TASKS, Artifact, Manifest, open_artifact
 from ..errors import BadInput, EdgestillError, MissingDependency, ResourceExhausted
 from ..progress import Progress, silent
+from ..runtimes.precision import scoring_options
 from ..runtimes.scoring import open_reference
 from ..runtimes.session import SessionInfo, SessionOptions
 from . import behaviour, integrity
@@ -117,7 +118,7 @@ def examine(
         run.checks.append(Check("payload_hashes", "integrity", True, reason="every file matches its sha256"))
     if not run.failed:
         run.look_inside()
-        chosen = SessionOptions(options.threads, options.backend)
+        chosen = scoring_options(artifact, options.threads, options.backend)
         with run.catching("runs", "integrity"), open_worker(artifact, chosen) as worker:
             run.info = worker.info()
             run.behave(worker)

@@ -15,6 +15,7 @@ from .session import DecodedToken, Floats, Ints, SessionInfo, SessionOptions
 __all__ = ["OrtSession"]
 
 CPU = "CPUExecutionProvider"
+_PRECISE, _UNSHARE = "session.x64quantprecision", "AddInitializerWithOrtValue"  # see precision.py, unshared.py
 _QUIET = 3  # severity "error": the runtime's warnings are about its own graph rewriting
 
 
@@ -41,7 +42,7 @@ class OrtSession:
         onnxruntime.disable_telemetry_events()
         chosen = _session_options(onnxruntime, options)
         try:
-            self._session = onnxruntime.InferenceSession(str(artifact.entry), chosen, providers=[self._backend])
+            self._session = self._load(artifact, chosen, options)
             self._inputs = {item.name: item for item in self._session.get_inputs()}
             self._outputs = [item.name for item in self._session.get_outputs()]
         except _errors(onnxruntime) as error:
@@ -55,6 +56,19 @@ class OrtSession:
         # A graph of standard operators puts the new tokens behind the past; ONNX Runtime's own extends a buffer.
         lengths = [item.shape[2] for item in self._session.get_outputs() if item.name.startswith("present.")]
         self._appends = lengths[:1] == ["total"]
+
+    def _load(self, artifact: Artifact, chosen: Any, options: SessionOptions) -> Any:
+        open_ = self._ort.InferenceSession
+        try:
+            return open_(str(artifact.entry), chosen, providers=[self._backend])
+        except _errors(self._ort) as error:
+            if _PRECISE not in options.extra or _UNSHARE not in str(error):
+                raise
+        from .unshared import external_folder, unshared_graph
+
+        again = _session_options(self._ort, options)
+        again.add_session_config_entry(*external_folder(artifact))
+        return open_(unshared_graph(artifact), again, providers=[self._backend])
 
     def info(self) -> SessionInfo:
         """Runtime, version, execution provider and how many nodes it took."""

@@ -80,6 +80,7 @@ SCHEMES: Mapping[str, Scheme] = {
     "ssh": Scheme("ssh://USER@BOARD:PORT/FOLDER", "measured", "a board, through OpenSSH", "ssh:SshTarget"),
     "adb": Scheme("adb:SERIAL", "measured", "an Android phone, with the native runner", "adb:AdbTarget"),
     "profile": Scheme("profile:NAME", "predicted", "a documented device, by calculation"),
+    "qemu": Scheme("qemu:CORE", "emulated", "an emulated core: outputs, instruction counts", "qemu:QemuTarget"),
 }
 
 

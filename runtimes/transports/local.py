@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 
-from ...errors import UsageError, WorkerError
+from ...errors import EdgestillError, UsageError, WorkerError
 from ...files import is_alive
 from ..protocol import MAX_LINE_BYTES, Exchange, exchange_root, pack, rebuild_error, unpack
 from ..session import SessionOptions
@@ -139,7 +139,7 @@ class LocalWorker(WorkerClient):
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
 
-    def _died(self, op: str) -> WorkerError:
+    def _died(self, op: str) -> EdgestillError:
         try:
             status = self._process.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
