@@ -126,6 +126,8 @@ class _Builder:
         began = time.monotonic()
         with disk_errors(self._root):
             self._objects.mkdir(parents=True, exist_ok=True)
+            for left in [*self._objects.glob("*.tmp.o"), *self._objects.glob("*.cpp")]:  # of a build that was killed
+                left.unlink()
             self._write_versions()
             plan = [(unit, self._object(unit)) for unit in units(self._source, self._level.target)]
             missing = [(unit, path) for unit, path in plan if not path.is_file()]

@@ -106,8 +106,11 @@ def test_a_file_that_does_not_compile_is_one_line_and_the_rest_is_kept(bench: Be
     assert not list((bench.cache / "runner").rglob("*.tmp.o"))
     assert not list((bench.cache / "runner").rglob(RUNNER_NAME))
     bench.calls()
+    left = bench.cache / "runner" / "objects" / "0.123.tmp.o"  # of a process that was killed
+    left.touch()
     bench.mended.touch()
     assert (bench.build("armv8.0")[0].compiled, len(bench.calls())) == (1, 2)  # where it was
+    assert not left.exists()
 
 
 def test_files_compiled_as_one_are_named_relative_to_the_engine(bench: Bench) -> None:
@@ -160,3 +163,25 @@ def test_every_own_file_decides_the_name_of_the_binary() -> None:
     names = {path.name for path in source.own_sources()}
     assert {"runner.cpp", "model.cpp", "scoring.cpp", "exchange.h"} <= names
     assert len(source.runner_id()) == 64
+
+
+@pytest.mark.slow
+def test_the_same_source_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Our own part of the runner compiled twice, from caches at different places, with the real compiler."""
+    made = []
+    engine = None
+    for name in ("one", "another place"):
+        try:
+            zig = build.find_zig()
+            engine = engine or source.engine_source()
+        except EdgestillError as error:
+            pytest.skip(error.message)
+        builder = build._Builder(tmp_path / name, engine, LEVELS["dotprod"], zig, 1, lambda *_: None)
+        builder._objects.mkdir(parents=True)
+        builder._write_versions()
+        chosen = [one for one in source.units(engine, "aarch64") if one.sources[0] in ("exchange.cpp", "src/llama.cpp")]
+        assert len(chosen) == 2
+        objects = [builder._object(one) for one in chosen]
+        builder._compile_all(list(zip(chosen, objects, strict=True)))
+        made.append([path.read_bytes() for path in objects])
+    assert made[0] == made[1]
