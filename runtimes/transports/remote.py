@@ -20,8 +20,9 @@ from ...artifact import ARTIFACT_FILE, Artifact, open_artifact
 from ...errors import EdgestillError, LinkLost, MissingDependency, Unsupported, UsageError
 from ...files import hash_file
 from ..session import SessionOptions
+from .load import LoadMeter
 from .probe import Board, probe
-from .remote_worker import RemoteWorker, read_load, sweep
+from .remote_worker import RemoteWorker, sweep
 from .shell import RemoteShell, quote
 from .store import DeviceStore, LocalFile
 from .zipapp import build_worker_zipapp
@@ -60,6 +61,7 @@ class RemoteTarget:
         self.settings = settings
         self._board: Board | None = None
         self._store: DeviceStore | None = None
+        self._meter: LoadMeter | None = None
         self._seen = 0
         # Exchange folders there and who holds them here; a worker that nobody holds any more may still run.
         self._exchanges: dict[str, weakref.ref[RemoteWorker] | None] = {}
@@ -127,6 +129,7 @@ class RemoteTarget:
             settings = self.settings
             self._board = self.shell.steady(lambda: probe(self.shell, settings.folder, settings.python))
             self._store = DeviceStore(self.shell, self._board.root)
+            self._meter = LoadMeter(self.shell, self._board.root)
         if self.shell.connections != self._seen:
             self._store.forget()
             self._seen = self.shell.connections
@@ -152,10 +155,10 @@ class RemoteTarget:
         self.shell.steady(lambda: sweep(self.shell, store.root, lost))
         for path in lost:
             del self._exchanges[path]
-        load = self.shell.steady(lambda: read_load(self.shell))
         self._exchanges[exchange] = None
+        assert self._meter is not None  # made with the store
         worker = RemoteWorker(
-            self.shell, store, name, folder, options, exchange=exchange, command=command, cold=cold, load=load,
+            self.shell, store, name, folder, options, exchange=exchange, command=command, cold=cold, meter=self._meter,
             outside=self.read_sensors,
         )  # fmt: skip
         self._exchanges[exchange] = weakref.ref(worker)

@@ -22,13 +22,13 @@ from ..protocol import PROTOCOL_VERSION
 from ..sensors import FIELDS
 from ..session import SessionOptions
 from ..worker import thread_environment
+from .load import UNKNOWN, LoadMeter, load_between
 from .local import LocalWorker
 from .shell import RemoteShell, quote, split_status, with_status
 from .store import DeviceStore, LocalFile
 
-__all__ = ["RemoteWorker", "read_load", "sweep"]
+__all__ = ["RemoteWorker", "sweep"]
 
-_BUSY_FRACTION = 0.10
 _NOEXEC, _NOT_FOUND = 126, 127
 
 
@@ -36,7 +36,7 @@ class RemoteWorker(LocalWorker):
     """:class:`LocalWorker` whose process runs a worker on a device.
 
     ``folder`` is the artifact's folder there (``None``: open nothing, only shake hands). ``exchange`` is the folder for
-    tensors there, made and removed with the worker. ``load`` is :func:`read_load` before the start; ``machine_load`` is
+    tensors there, made and removed with the worker. ``meter`` reads the device's load; ``machine_load`` is
     what others used of the device until :meth:`close`. ``launch_facts`` is what is worth recording of this launch.
     ``outside`` reads sensors that the worker itself can't (Android's services), to fill what it leaves open.
     """
@@ -53,18 +53,19 @@ class RemoteWorker(LocalWorker):
         command: str,
         cold: bool = False,
         timeout: float = 600,
-        load: Sequence[int] = (),
+        meter: LoadMeter,
         outside: Callable[[], Mapping[str, Any] | None] = lambda: None,
     ) -> None:
         self._shell = shell
         self._store = store
         self._folder_there = folder
         self._there = exchange
-        self._load = load
+        self._meter = meter
         self._outside = outside
-        self.machine_load: dict[str, Any] | None = None
+        self.machine_load: dict[str, Any] = dict(UNKNOWN)
         self.launch_facts: dict[str, Any] = {}
         shell.connect()
+        self._before = shell.steady(meter.read)
         script = _script(f"{command} --threads {options.threads}", exchange, options.threads)
         super().__init__(Path(name), options, timeout=timeout, cold=cold, command=shell.argv(with_status(script)))
 
@@ -116,9 +117,9 @@ class RemoteWorker(LocalWorker):
 
     def close(self) -> None:
         """See :class:`LocalWorker`; before, the load of the device meanwhile is read."""
-        if self._cleanup.alive and self._load:
+        if self._cleanup.alive:
             with contextlib.suppress(EdgestillError):  # a launch that ended well needs no more of the link
-                self.machine_load = _load_between(self._load, read_load(self._shell, f"{self._there}/pid"))
+                self.machine_load = load_between(self._before, self._meter.read())
         super().close()
 
     @property
@@ -180,41 +181,6 @@ def sweep(shell: RemoteShell, root: str, lost: Sequence[str]) -> None:
         '  [ -z "$gone" ] || rm -rf "$d"\ndone; true',
         "sweeping up",
     )
-
-
-def read_load(shell: RemoteShell, pid_file: str | None = None) -> list[int]:
-    """Ticks of the device's processors since it started: busy, stolen, all; and those of the process in ``pid_file``.
-
-    Empty where the device does not tell (Android lets no shell read it on some versions).
-    """
-    own = f'p=$(cat {quote(pid_file)}) && sed "s/.*) //" /proc/$p/stat 2>/dev/null' if pid_file else "true"
-    ran = shell.run(f"head -n 1 /proc/stat 2>/dev/null\n{own}\ntrue")
-    lines = ran.text.splitlines()
-    if not lines or not lines[0].startswith("cpu "):
-        return []
-    try:
-        ticks = [int(word) for word in lines[0].split()[1:9]]
-        spent = [int(word) for word in lines[1].split()[11:15]] if len(lines) > 1 else [0]
-    except ValueError:
-        return []
-    idle, stolen = sum(ticks[3:5]), ticks[7] if len(ticks) > 7 else 0
-    return [sum(ticks) - idle - stolen, stolen, sum(ticks), sum(spent)]
-
-
-def _load_between(before: Sequence[int], after: Sequence[int]) -> dict[str, Any] | None:
-    """The keys of :class:`edgestill.bench.environment.LoadProbe`, for the device."""
-    if not before or not after or after[2] <= before[2]:
-        return None
-    room = after[2] - before[2]
-    others = min(1.0, max(0, after[0] - before[0] - after[3]) / room)
-    stolen = min(1.0, max(0, after[1] - before[1]) / room)
-    return {
-        "load_1m_before": None,
-        "load_1m_after": None,
-        "others_fraction": round(others, 4),
-        "steal_fraction": round(stolen, 4),
-        "busy": others > _BUSY_FRACTION or stolen > _BUSY_FRACTION,
-    }
 
 
 def _tensors(value: Any) -> Iterator[Mapping[str, Any]]:
