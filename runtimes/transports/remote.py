@@ -165,7 +165,7 @@ class RemoteTarget:
         return worker
 
     def _choose(self, artifact: Artifact) -> tuple[str, str]:
-        """The command of a worker for this format, and its kind (``python`` or ``native``)."""
+        """The command of a worker for this format, and its kind (``python``, or ``native`` with its level)."""
         board, _ = self._ready()
         form, name, wanted = artifact.manifest.format, self.shell.name, self.settings.runner
         if form not in _MODULES:
@@ -206,7 +206,7 @@ class RemoteTarget:
         from ..native import find_runner
 
         runner = find_runner(board.machine, board.facts())
-        return quote(store.blob(LocalFile.of(runner), executable=True)), "native"
+        return quote(store.blob(LocalFile.of(runner), executable=True)), f"native ({runner.parent.name})"
 
     def _checked(self, folder: Path) -> Artifact:
         """The artifact, its files compared with their hashes once and whenever one of them changed since."""

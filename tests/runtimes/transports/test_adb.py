@@ -127,7 +127,7 @@ def test_a_worker_on_the_phone(phone: Phone, make_toy: Callable[..., Artifact]) 
             told = worker.sensors()
             assert (told["battery_c"], told["thermal_status"]) == (25.1, 0)
             assert not {"battery_c", "thermal_status"} & set(told["reasons"])
-        assert worker.launch_facts["worker"] == "native"
+        assert worker.launch_facts["worker"].startswith("native (")
         assert worker.launch_facts["cooling"]["battery_c"] == 25.1
         with target.open_worker(toy.path, ONE) as worker:
             worker.forward(IDS, MASK)

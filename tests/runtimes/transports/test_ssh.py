@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import threading
@@ -14,10 +15,23 @@ import numpy as np
 import pytest
 
 from edgestill.artifact import Artifact
-from edgestill.errors import BadInput, LinkLost, MissingDependency, ResourceExhausted, Unsupported, WorkerError
+from edgestill.errors import (
+    BadInput,
+    EdgestillError,
+    LinkLost,
+    MissingDependency,
+    ResourceExhausted,
+    Unsupported,
+    WorkerError,
+)
+from edgestill.export import export
+from edgestill.recipe import ExportConfig
+from edgestill.runtimes.machine import machine_facts
+from edgestill.runtimes.native import find_runner
 from edgestill.runtimes.session import SessionOptions
 from edgestill.runtimes.targets import open_target
 from edgestill.runtimes.transports import ssh
+from edgestill.runtimes.transports.local import LocalWorker
 from edgestill.runtimes.transports.ssh import SshTarget
 from edgestill.runtimes.transports.store import LocalFile
 
@@ -62,6 +76,26 @@ def test_a_worker_on_the_board(board: Any, lookup: Artifact, table: np.ndarray) 
         assert target.shell.connections == 1
     assert board.inside("ls", f"{STORE}/exchange") == ""
     assert "edgestill" not in board.inside("ps", "-eo", "args").replace("sshd", "")
+
+
+def test_gguf_needs_nothing_on_the_board(board: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    """The native runner is sent; it says the same as llama.cpp here."""
+    try:
+        find_runner(platform.machine(), machine_facts())
+    except EdgestillError as error:
+        pytest.skip(f"{error}")
+    artifact = export(tiny_llama, tmp_path / "tiny gguf", ExportConfig(to="gguf:q8_0"))
+    ids = np.array([[5, 60, 90, 130, 7]])
+    with LocalWorker(artifact.path, ONE) as here:
+        wanted = here.forward(ids, np.ones_like(ids))
+    with SshTarget(board.target(python="/nowhere/python3")) as target:
+        with target.open_worker(artifact.path, ONE) as worker:
+            assert worker.info().runtime == "llama.cpp"
+            assert worker.launch_facts["worker"].startswith("native (")
+            np.testing.assert_allclose(worker.forward(ids, np.ones_like(ids)), wanted, atol=1e-3)
+            assert len(worker.time_decode([5, 6], 4, repeats=2)) == 2
+        assert target.facts()["memory_bytes"] > 0
+        assert target.facts()["versions"] == {}
 
 
 def test_only_what_is_missing_is_sent(
