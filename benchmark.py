@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .artifact import ARTIFACT_FILE, open_artifact
-from .bench.compare import Comparison, compare
+from .bench.compare import Comparison, Decision, compare, decide
 from .bench.environment import describe_environment
 from .bench.predicted import predicted_rows
 from .bench.records import Measurement
 from .bench.sample_text import SAMPLE_TEXT
-from .errors import BadInput, UsageError
+from .errors import BadInput, EdgestillError, UsageError
 from .recipe import BenchConfig
-from .runtimes.targets import parse_target
+from .runtimes.targets import open_target, parse_target
 from .stages import Observer
 
 if TYPE_CHECKING:
     from .bench.measure import Subject
 
-__all__ = ["BenchRequest", "BenchResult", "bench_subjects", "sample_ids"]
+__all__ = ["BenchRequest", "BenchResult", "Effort", "bench_config", "bench_subjects", "sample_ids"]
+
+Effort = Literal["quick", "normal", "thorough"]
+
+_EFFORTS: Mapping[Effort, Mapping[str, Any]] = {
+    "quick": {"launches": 1, "repeats": 5, "max_seconds": 2.0},
+    "normal": {"launches": 5, "most_launches": 15, "repeats": 30, "max_seconds": 10.0},
+    "thorough": {
+        "launches": 8, "most_launches": 30, "repeats": 60, "max_seconds": 20.0, "percentiles": (90, 99),
+        "depths": (0, 256, 1024), "sustained_seconds": 60.0,
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class BenchRequest:
     """Measure ``subjects`` (artifact or model folders); the first one is the baseline.
 
-    ``target``: where, see :mod:`edgestill.runtimes.targets`.
+    ``target``: where, see :mod:`edgestill.runtimes.targets`; one that fails costs its own rows. ``effort``: ``quick``
+    is one launch, a first look without noise floor; ``normal`` goes on from five launches up to fifteen while the noise
+    is larger than half of ``resolution``; ``thorough`` adds percentiles, decode speed by depth and a minute of work in
+    one go. ``launches``, ``depths`` and ``sustained_seconds`` replace what the effort says. ``max_slowdown``: decide
+    whether a subject is slower than the first one by more than this fraction.
     """
 
     subjects: tuple[Path, ...]
@@ -35,24 +52,102 @@ class BenchRequest:
     threads: int = 2
     length: int = 128
     new_tokens: int = 32
-    launches: int = 3
-    quick: bool = False
+    effort: Effort = "normal"
+    launches: int | None = None
+    depths: tuple[int, ...] | None = None
+    sustained_seconds: float | None = None
+    resolution: float = 0.05
+    max_slowdown: float | None = None
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What was measured, and each subject against the first."""
+    """What was measured, and each subject against the first on each target. ``problems``: targets that failed.
+
+    ``exit_code``: 1 when a subject is too slow, 3 when the noise hides whether it is, 0 otherwise.
+    """
 
     measurements: tuple[Measurement, ...]
     comparisons: tuple[Comparison, ...]
+    decisions: tuple[Decision, ...] = ()
+    problems: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    exit_code: int = 0
     schema_version: int = 1
 
 
-def bench_subjects(request: BenchRequest, observer: Observer) -> BenchResult:
-    """Measure size, speed and memory of artifacts and model folders, interleaved, in fresh processes."""
-    from .bench.measure import Subject, measure_size, measure_speed, timed_input
+def bench_config(request: BenchRequest) -> BenchConfig:
+    """The measurement that a request means."""
+    values = {**_EFFORTS[request.effort], "threads": request.threads, "length": request.length,
+              "new_tokens": request.new_tokens, "resolution": request.resolution}  # fmt: skip
+    if request.launches is not None:  # said by the user: no more and no fewer
+        values |= {"launches": request.launches, "most_launches": None}
+    if request.depths is not None:
+        values["depths"] = request.depths
+    if request.sustained_seconds is not None:
+        values["sustained_seconds"] = float(request.sustained_seconds)
+    return BenchConfig(**values)
 
-    subjects = []
+
+def bench_subjects(request: BenchRequest, observer: Observer) -> BenchResult:
+    """Measure size, speed, memory and energy of artifacts and model folders, interleaved, in fresh processes.
+
+    Raises :class:`UsageError` for subjects of different tasks and unknown targets, and what the only target raised.
+    """
+    from .bench.measure import measure_size, timed_input
+
+    names = [parse_target(text) for text in request.target]
+    if not names or len(set(names)) != len(names):
+        raise UsageError("no target, or one twice", hint="--target host,qemu:cortex-a76")
+    subjects, task, longest = _subjects(request)
+    config = bench_config(request)
+    room = request.new_tokens if task == "text-generation" else 0
+    length = min(longest) if min(longest) == request.length else max(1, min(longest) - room)
+    ids = timed_input(sample_ids(request.subjects[0]), 1, length)
+    observer.started("bench", "measure")
+    rows = measure_size(subjects, environment=describe_environment())
+    problems: dict[str, str] = {}
+    for text in request.target:
+        try:
+            rows += _on_target(text, subjects, config, ids, task, observer)
+        except EdgestillError as error:
+            if len(request.target) == 1:
+                raise
+            problems[text] = error.message
+    found = compare(rows, subjects[0].name)
+    decisions = decide(found, request.max_slowdown) if request.max_slowdown is not None else []
+    if request.max_slowdown is not None:
+        outcomes = {decision.outcome for decision in decisions}
+        code = 1 if "fail" in outcomes else 3 if "inconclusive" in outcomes or problems or not decisions else 0
+    else:
+        code = 0
+    return BenchResult(tuple(rows), tuple(found), tuple(decisions), problems, code)
+
+
+def _on_target(
+    text: str, subjects: Sequence[Subject], config: BenchConfig, ids: Any, task: str, observer: Observer
+) -> list[Measurement]:
+    """Speed and memory of all subjects on one target; a profile predicts them and runs nothing."""
+    from .bench.measure import Place, measure_speed
+
+    name = parse_target(text)
+    if name.scheme == "profile":
+        return list(predicted_rows(subjects, name.address, length=int(ids.shape[1]), new_tokens=config.new_tokens))
+    if name.scheme == "qemu":
+        return _counted(str(name), subjects, ids, task, config.launches == 1, observer)
+    with open_target(text) as target:
+        facts = target.facts()
+        place = Place(dict(facts) if facts is not None else describe_environment(), target.name, target.source)
+        return measure_speed(
+            subjects, config, ids=ids, task=task, open_worker=target.open_worker, place=place,
+            progress=observer.advanced,
+        )  # fmt: skip
+
+
+def _subjects(request: BenchRequest) -> tuple[list[Subject], str, list[int]]:
+    """The subjects with their names, their task, and how many tokens each takes (with what was asked for)."""
+    from .bench.measure import Subject
+
+    subjects: list[Subject] = []
     names: dict[str, int] = {}
     tasks: dict[str, str] = {}
     longest = [request.length]
@@ -74,32 +169,11 @@ def bench_subjects(request: BenchRequest, observer: Observer) -> BenchResult:
     if len(set(tasks.values())) > 1:
         shown = ", ".join(f"{name} is {task}" for name, task in tasks.items())
         raise UsageError(f"subjects of different tasks: {shown}", hint="measure models of one task together")
-    config = BenchConfig(
-        threads=request.threads, length=request.length, new_tokens=request.new_tokens,
-        launches=1 if request.quick else request.launches, repeats=5 if request.quick else 30,
-        max_seconds=3.0 if request.quick else 10.0,
-    )  # fmt: skip
-    room = request.new_tokens if next(iter(tasks.values())) == "text-generation" else 0
-    length = min(longest) if min(longest) == request.length else max(1, min(longest) - room)
-    ids = timed_input(sample_ids(request.subjects[0]), 1, length)
-    environment = describe_environment()
-    observer.started("bench", "measure")
-    rows = measure_size(subjects, environment=environment)
-    for target in map(parse_target, request.target):
-        if target.scheme == "profile":
-            rows += predicted_rows(subjects, target.address, length=length, new_tokens=request.new_tokens)
-        elif target.scheme == "qemu":
-            rows += _counted(str(target), subjects, ids, next(iter(tasks.values())), request.quick, observer)
-        else:
-            rows += measure_speed(
-                subjects, config, ids=ids, task=next(iter(tasks.values())), environment=environment,
-                progress=observer.advanced,
-            )  # fmt: skip
-    return BenchResult(tuple(rows), tuple(compare(rows, subjects[0].name)))
+    return subjects, next(iter(tasks.values())), longest
 
 
 def _counted(
-    target: str, subjects: list[Subject], ids: Any, task: str, quick: bool, observer: Observer
+    target: str, subjects: Sequence[Subject], ids: Any, task: str, quick: bool, observer: Observer
 ) -> list[Measurement]:
     """Instructions instead of times, on an emulated core."""
     from .bench.emulated import measure_instructions

@@ -40,24 +40,47 @@ def bench(
     threads: Threads = 2,
     length: Annotated[int, typer.Option(min=1, help="Tokens of the timed input.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded in a timed generation.")] = 32,
-    launches: Annotated[int, typer.Option(min=1, help="Fresh processes per subject.")] = 3,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="One launch, five repeats: a first look, not a result.")
+    launches: Annotated[
+        int | None, typer.Option(min=1, help="Fresh processes per subject; by default 5, up to 15 where it is noisy.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One launch: a first look, not a result.")] = False,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Also percentiles, decode speed by depth, a minute of sustained work.")
     ] = False,
+    depths: Annotated[
+        list[int], typer.Option("--depth", min=0, help="Decode speed after so many tokens; may be given again.")
+    ] = [],  # noqa: B006 - typer copies it
+    sustained: Annotated[
+        float | None, typer.Option(min=0, help="Seconds of work in one go: last quarter against first.")
+    ] = None,
+    resolution: Annotated[float, typer.Option(min=0.001, help="The smallest difference that matters.")] = 0.05,
+    max_slowdown: Annotated[
+        float | None,
+        typer.Option(min=0, help="Exit 1 if a subject is slower than the first by more (0.05), 3 if noise hides it."),
+    ] = None,
     as_json: Json = False,
-) -> None:
-    """Measure speed, memory and size, interleaved, each in fresh processes. The first subject is the baseline.
+) -> int:
+    """Measure speed, memory, energy and size, interleaved, each in fresh processes. The first subject is the baseline.
 
     The word `run` may be left out.
     """
 
     def work(observer: Observer) -> Any:
-        from .benchmark import BenchRequest, bench_subjects
+        from .benchmark import BenchRequest, Effort, bench_subjects
+        from .errors import UsageError
 
-        request = BenchRequest(tuple(subjects), listed(target), threads, length, new_tokens, launches, quick)
+        if quick and thorough:
+            raise UsageError("--quick and --thorough", hint="one of them")
+        effort: Effort = "quick" if quick else "thorough" if thorough else "normal"
+        request = BenchRequest(
+            tuple(subjects), listed(target), threads, length, new_tokens, effort, launches, tuple(depths) or None,
+            sustained, resolution, max_slowdown,
+        )  # fmt: skip
         return bench_subjects(request, observer)
 
-    emit(with_progress(work), as_json)
+    result = with_progress(work)
+    emit(result, as_json)
+    return int(result.exit_code)
 
 
 @benching.command("import")

@@ -248,6 +248,16 @@ class BenchConfig(Strict):
     """timed inferences per launch, after a warm-up."""
     max_seconds: PositiveFloat = 10.0
     """time limit of the timed inferences of one launch."""
+    most_launches: Positive | None = None
+    """go on up to so many launches while the noise is larger than half of `resolution`; by default, never."""
+    resolution: PositiveFloat = 0.05
+    """the smallest difference of speed that matters, as a fraction: what can't be told from it is inconclusive."""
+    percentiles: tuple[Literal[90, 95, 99], ...] = ()
+    """percentiles of latency to state with a bound; 90 needs 64 samples in all launches together, 99 needs 662."""
+    depths: tuple[Annotated[int, Field(ge=0, strict=True)], ...] = ()
+    """tokens that stand before the decoded ones (text generation): decode speed at each of these depths."""
+    sustained_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """run for so long in one go, and compare the last quarter's speed with the first quarter's; 0: don't."""
     examples: Positive = 600
     """held-out examples (embeddings, classification) that accuracy is taken on, per text."""
     tokens: Positive = 2048

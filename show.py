@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .bench.metrics import METRICS
-from .bench.records import Verdict
+from .bench.records import Measurement, Verdict
 from .bench_import import ImportResult
 from .benchmark import BenchResult
 from .commands import ExportResult, VerifyResult
@@ -173,28 +173,61 @@ def _parity(result: ParityResult) -> None:
 
 @show.register
 def _bench(result: BenchResult) -> None:
+    """A table a target; ``≈`` stands before a ratio that the noise leaves open."""
     predicted = [row for row in result.measurements if row.source == "predicted"]
     if predicted:  # in a table of its own: never in one row with what was measured
         show_predicted(predicted)
         measured = tuple(row for row in result.measurements if row.source != "predicted")
         result = dataclasses.replace(result, measurements=measured)
     names = list(dict.fromkeys(row.subject for row in result.measurements))
-    metrics = list(dict.fromkeys(row.metric for row in result.measurements if row.metric in _TITLES))
-    taken = {(row.subject, row.metric): row for row in result.measurements}
-    ratios = {(c.subject, c.metric): c for c in result.comparisons}
-    rows = []
-    for name in names:
-        cells = []
-        for metric in metrics:
-            row = taken.get((name, metric))
-            text = METRICS[metric].show(row.summary.value) if row and row.summary else "—"
-            found = ratios.get((name, metric))
-            cells.append(f"{text} ({found.ratio:.2f}×)" if found and found.ratio and name != names[0] else text)
-        rows.append([name, *cells])
-    print_table(f"median, against {names[0]}", ("", *(_TITLES[metric] for metric in metrics)), rows)
-    reasons = dict.fromkeys(f"{row.subject}: {row.reason}" for row in result.measurements if row.reason)
+    targets = list(dict.fromkeys(row.target for row in result.measurements))
+    sizes = [row for row in result.measurements if row.metric == "model_bytes"]
+    for target in targets:
+        here = [row for row in result.measurements if row.target == target]
+        here += [row for row in sizes if row.target != target]
+        metrics = [metric for metric in _TITLES if any(row.metric == metric for row in here)]
+        taken = {(row.subject, row.metric): row for row in here}
+        ratios = {(c.subject, c.metric): c for c in result.comparisons if c.target == target}
+        rows = []
+        for name in names:
+            cells = []
+            for metric in metrics:
+                row = taken.get((name, metric))
+                text = METRICS[metric].show(row.summary.value) if row and row.summary else "—"
+                found = ratios.get((name, metric))
+                if found and found.ratio and name != names[0]:
+                    text += f" ({'≈' * (found.outcome == 'inconclusive')}{found.ratio:.2f}×)"
+                cells.append(text)
+            rows.append([name, *cells])
+        timed = next((row for row in here if row.metric == "latency_ms"), None)
+        where = "" if target == "host" else f" on {target}" + (f", {timed.source}" if timed else "")
+        print_table(f"median, against {names[0]}{where}", ("", *(_TITLES[metric] for metric in metrics)), rows)
+        if timed is not None:
+            _noise(timed)
+    for decision in result.decisions:
+        mark = {"pass": "✔", "fail": "✘", "inconclusive": "?"}[decision.outcome]
+        stderr.print(f"{mark} {decision.subject} on {decision.target}: {decision.reason}", markup=False, soft_wrap=True)
+    for target, problem in result.problems.items():
+        stderr.print(f"✘ {target}: {problem}", style="red", markup=False, soft_wrap=True)
+    reasons = dict.fromkeys(
+        f"{row.subject}: {row.reason}"
+        for row in result.measurements
+        if row.reason and METRICS[row.metric].kind != "sensor"
+    )
     for reason in list(reasons)[:8]:
         stderr.print(f"— {reason}", style="dim", markup=False, soft_wrap=True)
+
+
+def _noise(row: Measurement) -> None:
+    """What the numbers above are worth: noise floor, launches, and whether the machine was busy."""
+    floor, launches = row.protocol.get("noise_floor"), row.protocol.get("launches")
+    if row.protocol.get("noise_floors") is not None:
+        told = f"noise floor {floor:.1%}" if floor is not None else f"{row.protocol.get('noise_floor_reason')}"
+        stderr.print(f"{launches} launches, {told}", style="dim", markup=False)
+    if row.environment.get("busy"):
+        loads = row.environment.get("machine_load", [])
+        share = max((load["others_fraction"] + load["steal_fraction"] for load in loads), default=0.0)
+        stderr.print(f"busy machine: others used up to {min(share, 1):.0%} of it", style="yellow", markup=False)
 
 
 @show.register

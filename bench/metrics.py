@@ -34,7 +34,7 @@ class Metric:
     better: Literal["higher", "lower"]
     format: str
     description: str
-    kind: Literal["accuracy", "speed", "memory", "size", "instructions"]
+    kind: Literal["accuracy", "speed", "memory", "size", "energy", "sensor", "instructions"]
     tasks: tuple[Task, ...] = _ALL
 
     def show(self, value: float) -> str:
@@ -92,6 +92,25 @@ METRICS: Mapping[str, Metric] = _table(
     Metric("decode_tokens_per_s", "tok/s", "higher", ".1f", "generated tokens a second, after the first", "speed",
            _GENERATION),
     Metric("time_to_first_token_ms", "ms", "lower", ".1f", "prompt in, first token out", "speed", _GENERATION),
+    Metric("token_latency_ms", "ms", "lower", ".2f", "each generated token after the first", "speed", _GENERATION),
+    Metric("decode_at_depth_tokens_per_s", "tok/s", "higher", ".1f", "generated tokens a second after as many tokens "
+           "as the row's context says", "speed", _GENERATION),
+    Metric("import_ms", "ms", "lower", ".1f", "checking the artifact's hashes and loading the runtime's libraries, "
+           "before the artifact is opened", "speed"),
+    Metric("latency_p90_ms", "ms", "lower", ".2f", "90th percentile of latency", "speed"),
+    Metric("latency_p95_ms", "ms", "lower", ".2f", "95th percentile of latency", "speed"),
+    Metric("latency_p99_ms", "ms", "lower", ".2f", "99th percentile of latency", "speed"),
+    Metric("sustained_latency_ms", "ms", "lower", ".2f", "the same inference (or generation) for a long time", "speed"),
+    Metric("sustained_speed_ratio", "ratio", "higher", ".3f", "speed in the last quarter of a long run over that in "
+           "the first quarter", "speed"),
+    # energy and what explains a slow run; of the whole processor, not of the worker alone
+    Metric("energy_per_run_j", "J", "lower", ".4g", "energy of processor and memory in one forward pass", "energy"),
+    Metric("energy_per_token_j", "J", "lower", ".4g", "energy of processor and memory for one generated token, its "
+           "share of the prompt included", "energy", _GENERATION),
+    Metric("temperature_c", "°C", "lower", ".1f", "hottest thermal zone after the run", "sensor"),
+    Metric("frequency_mhz", "MHz", "higher", ",.0f", "mean clock of the cores after the run", "sensor"),
+    Metric("throttling_events", "events", "lower", ".0f", "times that the processor throttled itself in the run",
+           "sensor"),
     # executed on an emulated core, which has no clock
     Metric("instructions", "instr", "lower", ",.0f", "executed instructions of one forward pass of the timed input",
            "instructions"),
@@ -114,6 +133,12 @@ METRICS: Mapping[str, Metric] = _table(
     Metric("memory_share", "fraction", "lower", ".0%", "peak memory over what the device, or one process on it, has",
            "memory"),
     Metric("baseline_bytes", "bytes", "lower", ",.0f", "memory of the runtime before it opens the artifact", "memory"),
+    Metric("load_memory_bytes", "bytes", "lower", ",.0f", "peak anonymous memory while opening the artifact, baseline "
+           "subtracted", "memory"),
+    Metric("run_memory_bytes", "bytes", "lower", ",.0f", "peak anonymous memory while running, baseline subtracted",
+           "memory"),
+    Metric("peak_rss_bytes", "bytes", "lower", ",.0f", "peak resident memory of the whole process, by the kernel's own "
+           "count: what `time -v` shows", "memory"),
     # size
     Metric("download_bytes", "bytes", "lower", ",.0f", "what an app ships, each file deflated", "size"),
     Metric("model_bytes", "bytes", "lower", ",.0f", "the model's files, without tokenizer and templates", "size"),

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Launch", "plan_launches"]
+__all__ = ["Kind", "Launch", "plan_launches"]
+
+Kind = Literal["speed", "cold", "memory", "depth", "sustained"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Launch:
 
     subject: str
     round: int
-    kind: Literal["speed", "cold", "memory"]
+    kind: Kind
     control: bool = False
 
 
@@ -28,14 +30,14 @@ def plan_launches(
     launches: int,
     *,
     control: str | None = None,
-    kinds: Sequence[Literal["speed", "cold", "memory"]] = ("speed", "cold", "memory"),
+    kinds: Sequence[Kind] = ("speed", "cold", "memory"),
     seed: int = 0,
 ) -> list[Launch]:
     """The order of all launches.
 
     Speed first, in rounds: every subject once a round (and ``control`` once more), each even round in a fresh seeded
-    order and the odd one after it backwards (A B C, C B A), so that a linear drift cancels. Cold loads and memory
-    come after, one launch a subject, since they would disturb the timings beside them.
+    order and the odd one after it backwards (A B C, C B A), so that a linear drift cancels. Cold loads, memory
+    and long runs come after, one launch a subject, since they would disturb the timings beside them.
     """
     chooser = random.Random(seed)
     entries = [(name, False) for name in subjects]

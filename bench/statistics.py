@@ -1,4 +1,4 @@
-"""Statistics of measurements: bootstrap intervals over launches, supported percentiles, ratios, the A/A noise floor.
+"""Statistics of measurements: bootstrap intervals over launches, supported percentiles, ratios.
 
 Inferences of one process share its memory layout, its caches and its neighbours, so samples of one launch are not
 independent: intervals resample launches first (Kalibera & Jones, *Rigorous benchmarking in reasonable time*, 2013).
@@ -20,7 +20,6 @@ from .records import Summary
 __all__ = [
     "Interval",
     "bootstrap_interval",
-    "noise_floor",
     "ratio_interval",
     "summarise",
     "supported_percentiles",
@@ -108,16 +107,6 @@ def ratio_interval(
     low, high = _tails(drawn, level, units) if units > 1 else (drawn.min(), drawn.max())
     value = reducer(np.concatenate(left)[None])[0] / reducer(np.concatenate(right)[None])[0]
     return Interval(float(value), float(low), float(high))
-
-
-def noise_floor(a: Launches, again: Launches, *, level: float = 0.95, seed: int = 0) -> float:
-    """The relative difference that one subject, measured twice as if it were two, shows by chance.
-
-    It is the larger side of the interval of the A/A ratio, as a fraction (``0.03``: three per cent). Differences
-    between two subjects below it mean nothing.
-    """
-    interval = ratio_interval(a, again, level=level, seed=seed)
-    return max(interval.high, 1 / interval.low) - 1
 
 
 def supported_percentiles(n: int, *, level: float = 0.95) -> tuple[int, ...]:

@@ -238,7 +238,8 @@ def fact_groups(run: RunFacts, measurements: Sequence[Measurement]) -> list[tupl
         groups.append(("Student", _model(run.student)))
     data = [(item.name, _data(item.counts, item.source)) for item in run.data]
     groups.append(("Data", data))
-    timed = next((row for row in measurements if "noise_floor" in row.protocol), None)
+    timed_rows = [row for row in measurements if "noise_floor" in row.protocol]
+    timed = next((row for row in timed_rows if row.metric == "latency_ms"), timed_rows[0] if timed_rows else None)
     if timed is not None:
         groups.append(("Protocol of timings", _protocol(timed.protocol, timed.threads)))
     environment = run.environment or (timed.environment if timed else {})

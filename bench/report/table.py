@@ -68,7 +68,7 @@ class Cell:
     value: float | None = None
     interval: str = ""
     ratio: str = ""
-    outcome: Literal["better", "worse", "same", "unknown"] = "unknown"
+    outcome: Literal["better", "worse", "same", "inconclusive", "unknown"] = "unknown"
     source: str = "measured"
     note: int | None = None
 

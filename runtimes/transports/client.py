@@ -23,7 +23,7 @@ class WorkerClient(abc.ABC):
 
     ``load_seconds`` is from the start of loading until ready; the check of hashes and the runtime's import come before
     (``prepare_seconds``). ``cold_load_seconds`` is the same number when the page cache was really evicted before, else
-    ``None`` with a ``cold_reason``.
+    ``None`` with a ``cold_reason``. ``stable``: the warm-up before the last timings ended steady (else at its bound).
     """
 
     exchange: Exchange
@@ -32,6 +32,7 @@ class WorkerClient(abc.ABC):
     prepare_seconds: float
     cold_load_seconds: float | None
     cold_reason: str | None
+    stable: bool = True
     _info: SessionInfo
 
     @abc.abstractmethod
@@ -96,6 +97,7 @@ class WorkerClient(abc.ABC):
         """Seconds of each timed forward pass: :func:`edgestill.runtimes.timing.time_forward` on the worker."""
         bounds = {"repeats": repeats, "warmup": warmup, "max_seconds": max_seconds}
         timed = self.request("time_forward", ids=self._put(ids), mask=self._put(mask), **bounds)
+        self.stable = timed.get("stable") is not False
         return [float(seconds) for seconds in timed.get("samples", ())]
 
     def time_decode(
@@ -111,6 +113,7 @@ class WorkerClient(abc.ABC):
         bounds = {"repeats": repeats, "warmup": warmup, "max_seconds": max_seconds}
         prompt = [int(token) for token in prompt_ids]
         timed = self.request("time_decode", prompt_ids=prompt, max_new_tokens=new_tokens, **bounds)
+        self.stable = timed.get("stable") is not False
         return list(timed.get("samples", ()))
 
     def memory(self) -> dict[str, Any]:

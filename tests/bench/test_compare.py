@@ -5,20 +5,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgestill.bench.compare import Comparison, compare, find_row
+from edgestill.bench.compare import Comparison, compare, decide, find_row
 from edgestill.bench.metrics import METRICS
 from edgestill.bench.records import Measurement
 from edgestill.bench.statistics import summarise
 from edgestill.errors import UsageError
 
 
-def row(subject: str, metric: str, launches: list[list[float]], floor: float | None = 0.02, **more: Any) -> Measurement:
+def row(
+    subject: str,
+    metric: str,
+    launches: list[list[float]],
+    floor: float | None = 0.02,
+    *,
+    busy: bool = False,
+    **more: Any,
+) -> Measurement:
     kind = METRICS[metric].kind
-    summary = summarise(launches, "median" if kind == "speed" else "exact") if launches else None
+    summary = summarise(launches, "median" if kind in ("speed", "energy") else "exact") if launches else None
     return Measurement(
         subject=subject, metric=metric, unit=METRICS[metric].unit, source="measured", summary=summary,
         samples=tuple(tuple(launch) for launch in launches), artifact_id="0" * 64, runtime="r", runtime_version="1",
-        backend="cpu", device="d", threads=2, protocol={"noise_floor": floor}, environment={}, **more,
+        backend="cpu", device="d", threads=2, protocol={"noise_floor": floor}, environment={"busy": busy}, **more,
     )  # fmt: skip
 
 
@@ -51,7 +59,72 @@ def test_a_difference_below_the_noise_floor_means_nothing() -> None:
     rows = [row("teacher", "latency_ms", times(10, 1)), row("a", "latency_ms", times(9.5, 2))]
     assert only(compare(rows, "teacher")).outcome == "better"
     noisy = [row(r.subject, "latency_ms", [list(x) for x in r.samples], floor=0.10) for r in rows]
-    assert only(compare(noisy, "teacher")).outcome == "same"
+    found = only(compare(noisy, "teacher"))
+    assert found.outcome == "inconclusive"
+    assert "noise floor of 10.0%" in found.reason
+
+
+def shifted(factor: float) -> list[list[float]]:
+    """Launches that differ by 1 % from one to the next, the same in every subject: what pairing takes away."""
+    return [[factor * (1 + drift)] * 4 for drift in (0.0, 0.01, -0.01, 0.005)]
+
+
+def test_what_all_launches_share_cancels() -> None:
+    rows = [row("teacher", "latency_ms", shifted(10)), row("a", "latency_ms", shifted(10.3))]
+    found = only(compare(rows, "teacher"))
+    assert (found.outcome, found.ratio) == ("worse", pytest.approx(1.03))
+    assert found.high - found.low < 1e-9  # type: ignore[operator]
+
+
+def test_equal_within_the_resolution_is_the_same_and_noise_is_not() -> None:
+    base = row("teacher", "latency_ms", times(10, 1))
+    assert only(compare([base, row("a", "latency_ms", times(10.01, 2))], "teacher")).outcome == "same"
+    wild = [[9.0] * 5, [11.0] * 5, [10.0] * 5]
+    assert only(compare([base, row("a", "latency_ms", wild)], "teacher")).outcome == "inconclusive"
+
+
+def test_a_busy_machine_needs_the_whole_interval_beyond_the_floor() -> None:
+    """2.2 % to 4 %: told apart on a quiet machine with a floor of 2.5 %, not on a busy one."""
+    a = [[10.22] * 3, [10.31] * 3, [10.40] * 3, [10.31] * 3, [10.31] * 3]
+    base = [[10.0] * 3] * 5
+    for busy, outcome in ((False, "worse"), (True, "inconclusive")):
+        rows = [row("teacher", "latency_ms", base, 0.025, busy=busy), row("a", "latency_ms", a, 0.025, busy=busy)]
+        found = only(compare(rows, "teacher"))
+        assert found.outcome == outcome
+        assert ("busy machine" in found.reason) == busy
+
+
+def test_a_single_launch_decides_nothing() -> None:
+    rows = [row("teacher", "latency_ms", [[10.0] * 9]), row("a", "latency_ms", [[5.0] * 9])]
+    found = only(compare(rows, "teacher"))
+    assert (found.outcome, found.ratio, found.low) == ("inconclusive", 0.5, None)
+    assert "a single launch" in found.reason
+    assert [answer.outcome for answer in decide([found], 0.05)] == ["inconclusive"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "outcome"),
+    [("latency_ms", 10.2, "pass"), ("latency_ms", 11.5, "fail"), ("latency_ms", 10.5, "inconclusive"),
+     ("latency_ms", 5, "pass"), ("decode_tokens_per_s", 8.5, "fail"), ("decode_tokens_per_s", 9.9, "pass")],
+)  # fmt: skip
+def test_a_slowdown_is_judged_by_the_bound_of_its_interval(metric: str, value: float, outcome: str) -> None:
+    found = compare([row("teacher", metric, times(10, 1)), row("a", metric, times(value, 2))], "teacher")
+    (answer,) = decide(found, 0.05)
+    assert (answer.outcome, answer.subject, answer.metric) == (outcome, "a", metric)
+
+
+def test_a_decoder_is_judged_by_its_tokens() -> None:
+    rows = [row(name, metric, times(value, seed)) for seed, (name, metric, value) in enumerate([
+        ("teacher", "latency_ms", 10), ("a", "latency_ms", 20), ("teacher", "decode_tokens_per_s", 10),
+        ("a", "decode_tokens_per_s", 10)])]  # fmt: skip
+    assert [answer.outcome for answer in decide(compare(rows, "teacher"), 0.05)] == ["pass"]
+
+
+def test_targets_are_compared_apart() -> None:
+    taken = [("teacher", "host", 10), ("a", "host", 5), ("teacher", "ssh://board", 100), ("a", "ssh://board", 200)]
+    rows = [row(name, "latency_ms", times(value, 3), target=target) for name, target, value in taken]
+    assert [(found.target, found.outcome) for found in compare(rows, "teacher")] == [
+        ("host", "better"), ("ssh://board", "worse")]  # fmt: skip
 
 
 def test_sizes_are_exact() -> None:

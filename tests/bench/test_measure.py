@@ -37,6 +37,7 @@ class Bench:
         self.seconds, self.facts = seconds, info
         self.launches: list[str] = []
         self.calls: list[tuple[str, str, int]] = []
+        self.turns: list[str] = []
 
     def __call__(self, folder: Path, options: SessionOptions, *, cold: bool = False) -> FakeWorker:
         self.launches.append(folder.name)
@@ -45,6 +46,9 @@ class Bench:
 
 class FakeWorker:
     load_seconds = 0.25
+    prepare_seconds = 0.5
+    stable = True
+    joules: float | None = None
     cold_load_seconds: float | None = None
     cold_reason: str | None = "a memory file system"
 
@@ -70,6 +74,9 @@ class FakeWorker:
             raise WorkerError("the worker died: Aborted\nGGML_ASSERT failed", hint="see above")
         assert ids.shape == mask.shape == (1, 16)
         assert mask.all()
+        self.bench.turns.append(self.name)
+        if self.joules is not None:
+            self.joules += 2.0 * repeats
         return [self.bench.seconds[self.name]] * repeats
 
     def time_decode(
@@ -81,15 +88,22 @@ class FakeWorker:
     def memory(self) -> dict[str, Any]:
         return {
             "baseline_anonymous": 30, "load_anonymous": 70, "peak_anonymous": 100, "peak_file_backed": 50,
-            "peak_rss": 180,
+            "peak_rss": 180, "run_anonymous": 100,
         }  # fmt: skip
 
+    def sensors(self) -> dict[str, Any] | None:
+        if self.joules is None:
+            return {"reasons": {"energy_j": "a virtual machine", "temperature_c": "no thermal zone"}}
+        return {"energy_j": {"package-0": self.joules}, "temperature_c": {"a": 40.0, "b": 55.5}, "reasons": {}}
 
-def run(tmp_path: Path, bench: Bench, task: str = "feature-extraction", **forms: str) -> list[Measurement]:
+
+def run(
+    tmp_path: Path, bench: Bench, task: str = "feature-extraction", config: BenchConfig = CONFIG, **forms: str
+) -> list[Measurement]:
     subjects = [
         Subject(name, make_artifact(tmp_path / name, forms.get(name, "onnx"), name.encode())) for name in bench.seconds
     ]
-    return measure_speed(subjects, CONFIG, ids=IDS, task=task, open_worker=bench, environment=ENVIRONMENT)
+    return measure_speed(subjects, config, ids=IDS, task=task, open_worker=bench, environment=ENVIRONMENT)
 
 
 ENVIRONMENT = {"system": "Linux", "machine": "x86_64", "cpu": "Test CPU", "cores_usable": 2}
@@ -102,10 +116,12 @@ def of(rows: list[Measurement], subject: str, metric: str) -> Measurement:
 def test_samples_are_kept_by_launch_in_the_metric_s_unit(tmp_path: Path) -> None:
     rows = run(tmp_path, Bench({"a": 0.002, "b": 0.004}))
     latency = of(rows, "b", "latency_ms")
-    assert latency.samples == ((4.0,) * 5, (4.0,) * 5)
+    assert [set(launch) for launch in latency.samples] == [{4.0}, {4.0}]
+    assert all(len(launch) >= CONFIG.repeats for launch in latency.samples)  # quick inferences are repeated
     assert latency.summary is not None
-    assert (latency.summary.value, latency.summary.n, latency.summary.statistic) == (4.0, 10, "median")
-    assert latency.summary.percentiles == {}
+    assert (latency.summary.value, latency.summary.statistic) == (4.0, "median")
+    assert of(rows, "a", "import_ms").samples == ((500.0,), (500.0,))
+    assert (latency.target, latency.source) == ("host", "measured")
     assert of(rows, "a", "load_ms").samples == ((250.0,), (250.0,))
     assert len(of(rows, "a", "first_inference_ms").samples) == 2
     assert latency.device == "Test CPU (Linux x86_64, 2 cores)"
@@ -119,6 +135,115 @@ def test_every_launch_is_a_process_of_its_own(tmp_path: Path) -> None:
     assert sorted(bench.launches) == ["a"] * 6 + ["b"] * 4
     assert ("a", "forward", 0) in bench.calls, "the first inference must be taken cold"
     assert ("a", "forward", WARMUP) in bench.calls
+
+
+def test_subjects_work_in_turns_there_and_back(tmp_path: Path) -> None:
+    """After first inferences and warm-ups, the turns of a round go through the subjects and back."""
+    bench = Bench({"a": 0.01, "b": 0.01, "c": 0.01})
+    run(tmp_path, bench, config=CONFIG.model_copy(update={"launches": 1, "most_launches": None, "repeats": 6}))
+    turns = bench.turns[6 : 6 + 12]  # 3 subjects, no control: first inferences and warm-ups, then 4 turns of each
+    assert turns == ["a", "b", "c", "c", "b", "a"] * 2 or turns[:3] == turns[5:2:-1] == turns[6:9]
+    assert sorted(turns[:3]) == ["a", "b", "c"]
+
+
+def test_one_after_the_other_where_memory_does_not_hold_all(tmp_path: Path) -> None:
+    subjects = [Subject(name, make_artifact(tmp_path / name, payload=name.encode())) for name in ("a", "b")]
+    bench = Bench({"a": 0.002, "b": 0.004})
+    rows = measure_speed(subjects, CONFIG, ids=IDS, task="feature-extraction", open_worker=bench,
+                         environment=ENVIRONMENT, together=False)  # fmt: skip
+    assert of(rows, "b", "latency_ms").samples == ((4.0,) * 5, (4.0,) * 5)
+    assert "one process after the other" in of(rows, "b", "latency_ms").protocol["order"]
+
+
+def test_launches_go_on_only_while_it_is_noisy(tmp_path: Path) -> None:
+    more = CONFIG.model_copy(update={"most_launches": 6})
+    steady = of(run(tmp_path / "steady", Bench({"a": 0.01, "b": 0.01}), config=more), "a", "latency_ms")
+    assert (steady.protocol["launches"], len(steady.samples)) == (2, 2)
+
+    class Wild(Bench):
+        def __call__(self, folder: Path, options: SessionOptions, *, cold: bool = False) -> FakeWorker:
+            self.seconds = {name: 0.01 * (1 + (7 * len(self.launches)) % 5) for name in self.seconds}
+            return super().__call__(folder, options, cold=cold)
+
+    class Frozen(Wild):
+        """A worker keeps the speed that it was born with."""
+
+        def __call__(self, folder: Path, options: SessionOptions, *, cold: bool = False) -> FakeWorker:
+            worker = super().__call__(folder, options, cold=cold)
+            worker.bench = Bench(dict(self.seconds))
+            return worker
+
+    noisy = of(run(tmp_path / "noisy", Frozen({"a": 0.01, "b": 0.01}), config=more), "a", "latency_ms")
+    assert (noisy.protocol["launches"], len(noisy.samples)) == (6, 6)
+    assert noisy.protocol["noise_floor"] > 0.1
+
+
+def test_each_row_has_its_own_metrics_noise_floor(tmp_path: Path) -> None:
+    bench = Bench({"a": 0.01}, task="text-generation", capabilities=("forward", "decode", "latency"))
+    rows = run(tmp_path, bench, task="text-generation")
+    assert set(of(rows, "a", "latency_ms").protocol["noise_floors"]) >= {"latency_ms", "load_ms", "decode_tokens_per_s"}
+    assert of(rows, "a", "load_ms").protocol["noise_floor"] == pytest.approx(0)
+
+
+def test_percentiles_are_proved_or_not_stated(tmp_path: Path) -> None:
+    few = CONFIG.model_copy(update={"percentiles": (90, 99), "repeats": 5, "launches": 2})
+    rows = run(tmp_path / "b", Bench({"a": 0.01}), config=few)
+    p90 = of(rows, "a", "latency_p90_ms")
+    assert p90.summary is not None
+    assert (p90.summary.value, p90.summary.high, p90.summary.level) == (10, 10, 0.99)
+    assert p90.summary.n >= 662  # as many inferences are made as the 99th percentile needs
+    assert of(rows, "a", "latency_p99_ms").summary is not None
+
+    class Slow(FakeWorker):
+        def time_forward(self, *args: Any, repeats: int, **more: Any) -> list[float]:
+            return super().time_forward(*args, repeats=min(repeats, 3), **more)  # time was over
+
+    class Cut(Bench):
+        def __call__(self, folder: Path, options: SessionOptions, *, cold: bool = False) -> FakeWorker:
+            return Slow(self, folder.name, options)
+
+    cut = of(run(tmp_path / "c", Cut({"a": 0.01}), config=few), "a", "latency_p90_ms")
+    assert cut.summary is None
+    assert "the 90th percentile needs 64" in str(cut.reason)
+
+
+def test_energy_and_temperature_where_there_are_sensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    none = run(tmp_path / "none", Bench({"a": 0.01}))
+    assert of(none, "a", "energy_per_run_j").reason == "a virtual machine"
+    assert of(none, "a", "temperature_c").reason == "no thermal zone"
+    monkeypatch.setattr(FakeWorker, "joules", 1.0)
+    rows = run(tmp_path / "some", Bench({"a": 0.01}))
+    values = {row.metric: row.summary.value for row in rows if row.summary}
+    assert values["energy_per_run_j"] == pytest.approx(2.0)
+    assert values["temperature_c"] == 55.5
+    assert of(rows, "a", "frequency_mhz").summary is None
+
+
+def test_sustained_speed_is_the_last_quarter_over_the_first(tmp_path: Path) -> None:
+    class Hot(FakeWorker):
+        def time_forward(self, *args: Any, repeats: int, **more: Any) -> list[float]:
+            return [0.1] * 40 + [0.2] * 40 if repeats > 10_000 else super().time_forward(*args, repeats=repeats, **more)
+
+    class Oven(Bench):
+        def __call__(self, folder: Path, options: SessionOptions, *, cold: bool = False) -> FakeWorker:
+            return Hot(self, folder.name, options)
+
+    rows = run(tmp_path, Oven({"a": 0.01}), config=CONFIG.model_copy(update={"sustained_seconds": 10.0}))
+    ratio = of(rows, "a", "sustained_speed_ratio")
+    assert ratio.summary is not None
+    assert ratio.summary.value == pytest.approx(0.5)
+    assert len(of(rows, "a", "sustained_latency_ms").samples[0]) == 80
+
+
+def test_decode_speed_by_depth_and_a_depth_that_does_not_fit(tmp_path: Path) -> None:
+    bench = Bench({"a": 0.01}, task="text-generation", capabilities=("forward", "decode", "latency"))
+    config = CONFIG.model_copy(update={"depths": (0, 32, 4096)})
+    rows = run(tmp_path, bench, task="text-generation", config=config)
+    found = {row.context: row for row in rows if row.metric == "decode_at_depth_tokens_per_s"}
+    assert list(found) == [0, 32, 4096]
+    assert found[0].summary is not None
+    assert found[0].summary.value == pytest.approx(100)
+    assert "depth 4096 needs 4100" in str(found[4096].reason)
 
 
 def test_a_load_that_was_not_cold_is_not_called_cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +262,7 @@ def test_generation_has_prefill_decode_and_first_token(tmp_path: Path) -> None:
     assert values["time_to_first_token_ms"] == pytest.approx(40)
     assert values["prefill_tokens_per_s"] == pytest.approx(16 / 0.04)
     assert values["decode_tokens_per_s"] == pytest.approx(100)
+    assert set(of(rows, "a", "token_latency_ms").samples[0]) == {10.0}  # every token's time
 
 
 def test_memory_has_the_baseline_of_the_runtime_subtracted(tmp_path: Path) -> None:
@@ -145,6 +271,8 @@ def test_memory_has_the_baseline_of_the_runtime_subtracted(tmp_path: Path) -> No
     assert values["peak_anonymous_bytes"] == 70
     assert values["peak_memory_bytes"] == 120
     assert values["baseline_bytes"] == 30
+    assert (values["load_memory_bytes"], values["run_memory_bytes"]) == (40, 70)
+    assert values["peak_rss_bytes"] == 180
 
 
 def test_a_worker_that_dies_costs_its_subject_the_numbers_and_no_other(tmp_path: Path) -> None:
@@ -208,7 +336,9 @@ def test_a_real_model_in_real_processes(tiny_bert: Path) -> None:
     assert 0 < values["latency_ms"] < 1000
     assert values["load_ms"] > 0
     assert values["peak_anonymous_bytes"] > 0
-    assert of(rows, "teacher", "latency_ms").protocol["noise_floor"] >= 0
+    assert of(rows, "teacher", "latency_ms").protocol["noise_floor"] is None
+    assert "single launch" in of(rows, "teacher", "latency_ms").protocol["noise_floor_reason"]
+    assert values["peak_rss_bytes"] > values["peak_anonymous_bytes"]
     assert of(rows, "teacher", "latency_ms").runtime == "torch"
 
 

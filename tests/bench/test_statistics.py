@@ -6,7 +6,6 @@ from scipy import stats
 
 from edgestill.bench.statistics import (
     bootstrap_interval,
-    noise_floor,
     ratio_interval,
     summarise,
     supported_percentiles,
@@ -132,14 +131,3 @@ def test_ratio_of_unequal_launches_agrees_with_a_loop() -> None:
     found = ratio_interval(a, b, resamples=20_000)
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, [tail, 1 - tail])), abs=0.04)
     assert found.value == pytest.approx(np.median(np.concatenate(a)) / np.median(np.concatenate(b)))
-
-
-def test_noise_floor_is_small_for_a_steady_machine_and_large_for_a_busy_one() -> None:
-    generator = np.random.default_rng(8)
-
-    def launches(spread: float) -> list[list[float]]:
-        return [list(generator.normal(1, spread, 20) * generator.normal(1, spread)) for _ in range(3)]
-
-    steady, busy = noise_floor(launches(0.001), launches(0.001)), noise_floor(launches(0.1), launches(0.1))
-    assert 0 < steady < 0.02
-    assert busy > 0.05

@@ -1,0 +1,72 @@
+"""`edgestill bench`: requests, several targets, the decision and its exit code, with a model that runs for real."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgestill import benchmark
+from edgestill.benchmark import BenchRequest, bench_config, bench_subjects
+from edgestill.errors import UsageError, WorkerError
+from edgestill.recipe import ExportConfig
+from edgestill.runtimes.targets import TargetName
+from edgestill.stages import Observer
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from edgestill.export import export
+
+    folder = tmp_path_factory.mktemp("a folder with 'quotes'") / "onnx int8"
+    export(tiny_bert, folder, ExportConfig(to="onnx:int8"))
+    return folder
+
+
+def test_efforts_differ_in_what_they_cost() -> None:
+    quick, normal, thorough = (
+        bench_config(BenchRequest((), effort=effort)) for effort in ("quick", "normal", "thorough")
+    )
+    assert (quick.launches, quick.most_launches) == (1, None)
+    assert (normal.launches, normal.most_launches) == (5, 15)
+    assert (thorough.percentiles, thorough.sustained_seconds) == ((90, 99), 60)
+    said = bench_config(BenchRequest((), launches=3, depths=(8,), sustained_seconds=2))
+    assert (said.launches, said.most_launches, said.depths, said.sustained_seconds) == (3, None, (8,), 2)
+
+
+def test_a_quick_bench_of_an_artifact(artifact: Path) -> None:
+    request = BenchRequest((artifact,), threads=1, length=16, effort="quick", max_slowdown=0.05)
+    result = bench_subjects(request, Observer())
+    values = {row.metric: row.summary.value for row in result.measurements if row.summary}
+    assert values["latency_ms"] > 0
+    assert values["peak_rss_bytes"] > values["peak_memory_bytes"] > 0
+    assert {row.target for row in result.measurements} == {"host"}
+    assert result.comparisons == ()
+    assert result.exit_code == 3  # nothing to compare with: nothing was decided
+
+
+def test_a_target_that_fails_costs_its_own_rows_only(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __enter__(self) -> Any:
+            raise WorkerError("the board does not answer", hint="is it on?")
+
+        def __exit__(self, *_: object) -> None: ...
+
+    opened = benchmark.open_target
+    monkeypatch.setattr(benchmark, "open_target", lambda text: Broken() if text == "far" else opened(text))
+    parse = benchmark.parse_target
+    monkeypatch.setattr(benchmark, "parse_target", lambda text: TargetName("far") if text == "far" else parse(text))
+    request = BenchRequest((artifact,), ("far", "host"), threads=1, length=16, effort="quick")
+    result = bench_subjects(request, Observer())
+    assert result.problems == {"far": "the board does not answer"}
+    assert any(row.metric == "latency_ms" and row.summary for row in result.measurements)
+    with pytest.raises(WorkerError, match="does not answer"):
+        bench_subjects(dataclasses.replace(request, target=("far",)), Observer())
+
+
+def test_unknown_targets_and_one_twice_are_refused_before_anything_runs() -> None:
+    for target in (("hist",), ("host", "host"), ()):
+        with pytest.raises(UsageError):
+            bench_subjects(BenchRequest((Path("nowhere"),), target), Observer())
