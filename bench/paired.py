@@ -59,18 +59,18 @@ def _student(
     left: npt.NDArray[np.float64], right: npt.NDArray[np.float64], level: float
 ) -> tuple[float, float]:  # fmt: skip
     """Mean difference and half the width of its interval: paired, or Welch's."""
-    from scipy.stats import t
+    from scipy.special import stdtrit  # Student's quantile, without the machinery of scipy.stats
 
     tail = (1 + level) / 2
     if len(left) == len(right):
         gaps = left - right
-        return float(gaps.mean()), float(t.ppf(tail, len(gaps) - 1) * gaps.std(ddof=1) / math.sqrt(len(gaps)))
+        return float(gaps.mean()), float(stdtrit(len(gaps) - 1, tail) * gaps.std(ddof=1) / math.sqrt(len(gaps)))
     parts = [side.var(ddof=1) / len(side) for side in (left, right)]
     centre, total = float(left.mean() - right.mean()), float(sum(parts))
     if total == 0:
         return centre, 0.0
     freedom = total**2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, (left, right), strict=True))
-    return centre, float(t.ppf(tail, freedom) * math.sqrt(total))
+    return centre, float(stdtrit(freedom, tail) * math.sqrt(total))
 
 
 def half_width(interval: Interval) -> float:

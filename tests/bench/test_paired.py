@@ -57,11 +57,11 @@ def test_a_false_alarm_is_as_rare_as_it_says() -> None:
     generator = np.random.default_rng(3)
     for count in (3, 5, 10):
         alarms = 0
-        for _ in range(1000):
+        for _ in range(500):
             a, b = (np.exp(generator.normal(0, 0.02, (count, 1))).tolist() for _ in range(2))
             found = paired_ratio(a, b)
             alarms += found.low > 1 or found.high < 1
-        assert 2 <= alarms <= 20, count  # binomial(1000, 0.01): beyond that in 1 of 1000
+        assert alarms <= 13, count  # binomial(500, 0.01): more in 1 of 1000
 
 
 def test_noise_floor_is_small_for_a_steady_machine_and_large_for_a_busy_one() -> None:
@@ -87,5 +87,5 @@ def rule(effect: float, spread: float, seed: int) -> bool:
 @pytest.mark.parametrize("spread", [0.005, 0.014])
 def test_five_per_cent_are_found_and_nothing_is_not(spread: float) -> None:
     """Noise of 0.7 % and 2 % between two launches side by side."""
-    assert sum(rule(0.05, spread, seed) for seed in range(200)) >= 190
-    assert sum(rule(0.0, spread, seed) for seed in range(400)) <= 8
+    assert sum(rule(0.05, spread, seed) for seed in range(60)) >= 57
+    assert sum(rule(0.0, spread, seed) for seed in range(120)) <= 4
