@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from edgestill.errors import EdgestillError, MissingDependency, Unsupported, UsageError
+from edgestill.runtimes.native.find import RUNNER_NAME, runner_folder
 from edgestill.runtimes.session import SessionOptions
 from edgestill.runtimes.targets import open_target, parse_target
 from edgestill.runtimes.transports.local import LocalWorker
@@ -66,11 +67,30 @@ def test_an_illegal_instruction_is_a_result(tmp_path: Path) -> None:
     assert "illegal" not in caught.value.message
 
 
-def test_only_onnx_runs(tmp_path: Path) -> None:
-    with QemuTarget("cortex-a76") as target, pytest.raises(Unsupported, match="runs ONNX artifacts"):
+def test_what_runs(tmp_path: Path) -> None:
+    with QemuTarget("cortex-a76") as target, pytest.raises(Unsupported, match="runs ONNX and GGUF artifacts"):
         target.open_worker(tmp_path, ONE)
-    with QemuTarget("x86-avx2") as target, pytest.raises(Unsupported, match="ONNX"):
-        target.open_counter(tmp_path, ONE)
+    for address in ("cortex-a53?level=dotprods", "cortex-a53?levels=dotprod"):
+        with pytest.raises(UsageError, match="cortex-a53"):
+            QemuTarget(address)
+
+
+@needs_qemu
+def test_a_runner_of_newer_cores_on_an_old_one(tmp_path: Path) -> None:
+    """GGUF takes the native runner that fits the core, and on request one that does not."""
+    with QemuTarget("cortex-a53", cache=tmp_path) as target, pytest.raises(MissingDependency) as caught:
+        target.command(1, form="gguf")
+    assert "build-runner" in caught.value.hint
+    for level in ("armv8.0", "dotprod"):
+        folder = runner_folder(level, cache=tmp_path)
+        folder.mkdir(parents=True)
+        program(folder / RUNNER_NAME)
+    command = QemuTarget("cortex-a53", cache=tmp_path).command(2, form="gguf")
+    assert Path(command[3]).parent.name == "armv8.0"
+    forced = QemuTarget("cortex-a53?level=dotprod", cache=tmp_path).command(2, form="gguf")
+    assert Path(forced[3]).parent.name == "dotprod"
+    with pytest.raises(Unsupported, match="illegal instruction on cortex-a53"):
+        QemuWorker(tmp_path, ONE, command=forced, core="cortex-a53")
 
 
 # ---- with the root file system: minutes of emulation ---------------------------------------------------------------
