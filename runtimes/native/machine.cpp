@@ -33,6 +33,18 @@ std::string first_line(const std::string & path) {
     return line;
 }
 
+// From "0-3,6": musl's sysconf counts only those that this process may use.
+long online_cores() {
+    std::stringstream ranges(first_line("/sys/devices/system/cpu/online"));
+    long count = 0;
+    for (std::string range; std::getline(ranges, range, ',');) {
+        const size_t dash = range.find('-');
+        const long low = std::atol(range.c_str()), high = dash == std::string::npos ? low : std::atol(&range[dash + 1]);
+        count += high - low + 1;
+    }
+    return count > 0 ? count : sysconf(_SC_NPROCESSORS_ONLN);
+}
+
 int64_t resident_bytes(int file, int64_t size) {
     if (size == 0) return 0;
     void * map = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file, 0);
@@ -133,11 +145,11 @@ std::string machine() {
     return uname(&name) == 0 ? name.machine : "";
 }
 
-json machine_facts() {
+json machine_facts(const std::string & root) {
     struct utsname name = {};
     uname(&name);
     std::map<std::string, std::string> cpu;
-    std::ifstream stream("/proc/cpuinfo");
+    std::ifstream stream(root + "/proc/cpuinfo");
     for (std::string line; std::getline(stream, line);) {
         const size_t colon = line.find(':');
         if (colon == std::string::npos) continue;
@@ -158,9 +170,10 @@ json machine_facts() {
         if (present.count(flag)) flags.push_back(flag);
     }
     std::set<std::string> cores, governors;
-    const long logical = sysconf(_SC_NPROCESSORS_CONF);
-    for (long core = 0; core < logical; core++) {
-        const std::string folder = "/sys/devices/system/cpu/cpu" + std::to_string(core);
+    const long logical = online_cores();
+    for (long core = 0; core < 1024; core++) {
+        const std::string folder = root + "/sys/devices/system/cpu/cpu" + std::to_string(core);
+        if (!is_folder(folder)) break;
         const std::string place = first_line(folder + "/topology/core_id");
         if (!place.empty()) cores.insert(first_line(folder + "/topology/physical_package_id") + ":" + place);
         const std::string governor = first_line(folder + "/cpufreq/scaling_governor");

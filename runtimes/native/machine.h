@@ -36,4 +36,4 @@ class PeakSampler {
 json evict_page_cache(const std::string & folder);
 
 std::string machine();  // uname -m
-json machine_facts();
+json machine_facts(const std::string & root);  // where `proc` and `sys` are looked for ("": this machine)

@@ -9,6 +9,7 @@
 #include "machine.h"
 #include "model.h"
 #include "scoring.h"
+#include "sensors.h"
 #include "timing.h"
 
 #include <atomic>
@@ -88,7 +89,7 @@ class Service {
             {"decode", &Service::decode}, {"score", &Service::score},
             {"facts", &Service::facts},   {"time_forward", &Service::time_forward},
             {"memory", &Service::memory}, {"time_decode", &Service::time_decode},
-            {"close", &Service::close},
+            {"sensors", &Service::sensors}, {"close", &Service::close},
         };
         return known;
     }
@@ -236,7 +237,9 @@ class Service {
         return told;
     }
 
-    json facts(const json &) { return machine_facts(); }
+    json facts(const json & request) { return machine_facts(root_of(request)); }
+
+    json sensors(const json & request) { return read_sensors(root_of(request)); }
 
     json close(const json &) {
         model_.reset();
@@ -260,6 +263,12 @@ class Service {
         const json ids = field(request, "prompt_ids", json::value_t::array);
         const int64_t count = integer(request, "max_new_tokens");
         return {model_->check_prompt(ids, count, request["op"]), count};
+    }
+
+    // Where `proc` and `sys` are looked for: a test has copies of a board's.
+    static std::string root_of(const json & request) {
+        const json root = request.value("root", json());
+        return root.is_string() ? root.get<std::string>() : "";
     }
 
     static Bounds bounds_of(const json & request) {

@@ -21,6 +21,7 @@ from edgestill.errors import WorkerError
 from edgestill.recipe import ExportConfig
 from edgestill.runtimes.machine import machine_facts
 from edgestill.runtimes.protocol import Exchange
+from edgestill.runtimes.sensors import read_sensors
 from edgestill.runtimes.session import SessionOptions
 from edgestill.runtimes.transports.local import LocalWorker
 
@@ -88,7 +89,9 @@ def opened(
 def test_hello_says_what_it_is(raw: Raw) -> None:
     hello = raw.hello()
     assert (hello["protocol"], hello["worker"]) == (1, "edgestill-native")
-    assert {"forward", "decode", "score", "time_decode", "memory", "facts", "close"} <= set(hello["operations"])
+    assert {"forward", "decode", "score", "time_decode", "memory", "facts", "sensors", "close"} <= set(
+        hello["operations"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -238,6 +241,57 @@ def test_the_folder_and_threads_may_come_from_the_command_line(
 def test_it_tells_the_machine_as_pythons_worker_does(raw: Raw) -> None:
     facts = raw.get("facts")
     assert facts == machine_facts()
+    told, wanted = raw.get("sensors"), read_sensors()
+    assert told["time_s"] < wanted["time_s"]  # one clock
+    assert set(told) == set(wanted)
+    assert told["reasons"] == wanted["reasons"]
+
+
+def test_it_reads_the_sensors_of_a_board_as_pythons_worker_does(raw: Raw, tmp_path: Path) -> None:
+    files = {
+        "class/powercap/intel-rapl:0/name": "package-0\n", "class/powercap/intel-rapl:0/energy_uj": "2500000\n",
+        "class/powercap/intel-rapl:0/max_energy_range_uj": "262143328850\n",
+        "class/powercap/intel-rapl:0:0/name": "dram", "class/powercap/intel-rapl:0:0/energy_uj": "7",
+        "class/powercap/intel-rapl:1:0/name": "dram", "class/powercap/intel-rapl:1:0/energy_uj": "9",
+        "class/powercap/intel-rapl-mmio:0/name": "package-0", "class/powercap/intel-rapl-mmio:0/energy_uj": "1",
+        "class/thermal/thermal_zone0/type": "cpu-thermal\n", "class/thermal/thermal_zone0/temp": "48312\n",
+        "class/thermal/thermal_zone2/type": "cpu-thermal", "class/thermal/thermal_zone2/temp": "-1500",
+        "class/thermal/thermal_zone10/temp": "-274000", "class/thermal/thermal_zone3/temp": "torn",
+        "class/thermal/cooling_device0/type": "Processor", "class/thermal/cooling_device0/cur_state": "3",
+        "class/thermal/cooling_device1/type": "fan", "class/thermal/cooling_device1/cur_state": "1",
+        "devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "1500000\n",
+        "devices/system/cpu/cpu10/cpufreq/scaling_cur_freq": "600000\n",
+        "devices/system/cpu/cpu0/thermal_throttle/core_throttle_count": "2",
+        "devices/system/cpu/cpu1/thermal_throttle/core_throttle_count": "5",
+        "devices/system/cpu/cpu1/thermal_throttle/package_throttle_count": "4",
+        "class/power_supply/ac/type": "Mains", "class/power_supply/battery/type": "Battery",
+        "class/power_supply/battery/temp": "315", "class/power_supply/battery/capacity": "88",
+    }  # fmt: skip
+    for name, text in files.items():
+        path = tmp_path / "root" / "sys" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    told, wanted = raw.get("sensors", root=str(tmp_path / "root")), read_sensors(root=tmp_path / "root")
+    assert {**told, "time_s": 0} == {**wanted, "time_s": 0}
+    assert told["temperature_c"] == {"cpu-thermal": 48.312, "cpu-thermal (thermal_zone2)": -1.5}
+
+
+def test_it_reads_the_processor_of_a_board_as_pythons_worker_does(raw: Raw, tmp_path: Path) -> None:
+    folder = tmp_path / "root"
+    cores = "devices/system/cpu"
+    files = {
+        "proc/cpuinfo": "processor\t: 0\nFeatures\t: fp asimd asimddp\nCPU implementer\t: 0x41\nCPU part\t: 0xd0b\n",
+        **{f"sys/{cores}/cpu{core}/topology/core_id": str(core // 2) for core in range(4)},
+        **{f"sys/{cores}/cpu{core}/topology/physical_package_id": "0" for core in range(4)},
+        **{f"sys/{cores}/cpu{core}/cpufreq/scaling_governor": ("ondemand", "schedutil")[core % 2] for core in range(4)},
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    told, wanted = raw.get("facts", root=str(folder)), machine_facts(root=folder)
+    assert told["cpu"] == "ARM implementer 0x41 part 0xd0b"
+    for key in ("cpu", "cpu_flags", "cores_physical", "governor", "governor_reason", "machine"):
+        assert told[key] == wanted[key], key
 
 
 def test_it_computes_what_pythons_worker_computes(native_command: Callable[..., list[str]], gguf: Path) -> None:
