@@ -105,6 +105,9 @@ def doctor(*, deep: bool = False, loads: Callable[[str], str] = _loads) -> Docto
     findings += [
         _command("npm", "fetches npm: addresses", "install Node.js (Debian: apt install npm)"),
         _command("c++", "builds llama-cpp-python", "install a C++ compiler (Debian: apt install g++)"),
+        _command("qemu-aarch64-static", "emulates Arm cores", "Debian: apt install qemu-user-static"),
+        _command("qemu-aarch64", "counts their instructions", "Debian: apt install qemu-user"),
+        _command("mmdebstrap", "builds what they run", "Debian: apt install mmdebstrap"),
         Finding("host", "target", "this machine", True, platform.machine(), f"{usable_threads()} threads"),
     ]
     return DoctorReport(

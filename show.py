@@ -23,6 +23,7 @@ from .parity import ParityResult
 from .plan import Plan
 from .runner_build import RunnerResult
 from .show_devices import show_calibrated, show_imported, show_predicted, show_sheet, show_targets
+from .show_emulated import show_instructions, show_parity, show_root
 from .terminal import print_table, stderr
 
 __all__ = ["show"]
@@ -31,8 +32,6 @@ _MARKS = {"device_verified": "✔", "program_verified": "(✔)", "failed": "✘"
 _TITLES = {
     "model_bytes": "size", "latency_ms": "latency", "decode_tokens_per_s": "decode", "prefill_tokens_per_s": "prefill",
     "load_ms": "load", "peak_memory_bytes": "memory", "top1_agreement": "top-1", "perplexity_ratio": "perplexity ×",
-    "instructions": "instructions", "instructions_dot": "int8 dot", "instructions_mmla": "matrix",
-    "instructions_fmla": "float fma", "decode_instructions": "decode",
 }  # fmt: skip
 
 
@@ -138,37 +137,8 @@ show.register(TargetList)(show_targets)
 show.register(DeviceSheet)(show_sheet)
 show.register(Calibrated)(show_calibrated)
 show.register(ImportResult)(show_imported)
-
-
-@show.register
-def _root(result: BuiltRoot) -> None:
-    rows = [*result.versions.items(), ("size", _bytes(result.size_bytes)), ("targets", ", ".join(result.targets))]
-    print_table(result.path, ("", ""), rows, text=2)
-
-
-@show.register
-def _parity(result: ParityResult) -> None:
-    """A row a machine, then what is wrong or missing, with what helps."""
-    rows = []
-    for row in result.rows:
-        mark = {"differs": "✘", "failed": "✘", "missing": "?"}.get(row.status, "✔")
-        changed = "—" if row.argmax_changes is None else f"{row.argmax_changes}/{row.positions}"
-        far = "—" if row.rms is None else f"{row.rms:.2g}"
-        rows.append((f"{mark} {row.name}", row.status, far, changed, row.source))
-    title = f"{result.artifact}: {result.tokens} tokens, against {result.reference}, limit {result.limit:g}"
-    print_table(title, ("", "", "rms", "argmax", ""), rows, text=2)
-    for row in result.rows:
-        if row.reason:
-            stderr.print(f"— {row.name}: {row.reason}", markup=False, soft_wrap=True)
-            if row.hint:
-                stderr.print(f"  {row.hint}", style="dim", markup=False, soft_wrap=True)
-    found = result.saturation
-    if found:
-        text = f"simulated: {found['fraction']:.2%} of int8 pairs overflow 16 bits"
-        worst = (
-            f", a relative error of {found['relative_error']:.2g} in {found['worst_node']}" if found["fraction"] else ""
-        )
-        stderr.print(text + worst, markup=False, soft_wrap=True)
+show.register(BuiltRoot)(show_root)
+show.register(ParityResult)(show_parity)
 
 
 @show.register
@@ -178,6 +148,11 @@ def _bench(result: BenchResult) -> None:
     if predicted:  # in a table of its own: never in one row with what was measured
         show_predicted(predicted)
         measured = tuple(row for row in result.measurements if row.source != "predicted")
+        result = dataclasses.replace(result, measurements=measured)
+    emulated = [row for row in result.measurements if row.source == "emulated"]
+    if emulated:  # instructions, no times
+        show_instructions(emulated)
+        measured = tuple(row for row in result.measurements if row.source != "emulated")
         result = dataclasses.replace(result, measurements=measured)
     names = list(dict.fromkeys(row.subject for row in result.measurements))
     targets = list(dict.fromkeys(row.target for row in result.measurements))

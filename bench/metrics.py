@@ -42,7 +42,7 @@ class Metric:
         if self.unit == "bytes":
             return f"{value / 1e9:.2f} GB" if abs(value) >= 1e9 else f"{value / 1e6:.1f} MB"
         if self.unit == "instr":
-            return f"{value / 1e6:.2f} M"
+            return f"{value / 1e6:,.2f} M"
         text = format(value, self.format)
         if self.unit in ("ratio", "fraction", "cosine", "correlation"):
             return text

@@ -1,8 +1,9 @@
-"""An emulated core: the Python worker, with real aarch64 wheels, under QEMU's user-mode emulation; for GGUF, which has
-no such wheel, the native runner.
+"""An emulated core: a worker under QEMU's user-mode emulation; Python with real aarch64 wheels for ONNX, the native
+runner for GGUF.
 
 It computes what the core computes, instruction by instruction, and can be asked how many of them; how long they take
 there it can't say, so every time is refused. ``qemu:x86-avx2`` is this machine's own Python on an x86 without VNNI.
+``qemu:cortex-a53?level=dotprod`` takes a runner that was built for newer cores: does that build crash on the old one?
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ import numpy.typing as npt
 
 from ... import __version__
 from ...artifact import ARTIFACT_FILE, open_artifact
-from ...errors import EdgestillError, MissingDependency, Unsupported
-from ..native import find_runner
+from ...errors import EdgestillError, Unsupported, UsageError, nearest
+from ..native.find import find_runner
+from ..native.levels import LEVELS
 from ..session import SessionInfo, SessionOptions
 from .local import LocalWorker
+from .options import parse_query
 from .qemu_cores import Core, find_core
 from .qemu_plugin import CLASSES, Counts, build_plugin, plugin_options, read_counts
 from .qemu_root import find_emulator, find_root
@@ -150,32 +153,36 @@ class QemuTarget:
     source: Literal["emulated"] = "emulated"
 
     def __init__(self, address: str, *, cache: Path | None = None) -> None:
-        self.core: Core = find_core(address)
+        name, _, query = address.partition("?")
+        self.core: Core = find_core(name)
         self.name = f"qemu:{address}"
+        self._level = parse_query(query, ["level"], self.name).get("level")
+        if self._level is not None and self._level not in LEVELS:
+            raise UsageError(f"{self.name}: no such level", hint=nearest(self._level, list(LEVELS)))
         self._cache = cache
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def open_worker(self, folder: Path, options: SessionOptions, *, cold: bool = False) -> QemuWorker:
-        """A worker on the core; ``cold`` means nothing where nothing is timed. ONNX and, on an Arm core, GGUF."""
-        command = self.command(options.threads, runner=self._runner(folder))
+        """A worker on the core, for an ONNX or a GGUF artifact; ``cold`` means nothing where nothing is timed."""
+        command = self.command(options.threads, form=self._form(folder))
         return QemuWorker(folder, options, command=command, core=self.core.name, env=self._environment())
 
     def open_counter(self, folder: Path, options: SessionOptions) -> CountingWorker:
         """A worker on the core that counts instructions (Arm cores only)."""
-        runner = self._runner(folder)
+        form = self._form(folder)
         if self.core.machine != "aarch64":
             raise Unsupported(f"{self.core.name}: instructions are counted for aarch64 only", hint="qemu:cortex-a76")
         emulator = find_emulator("aarch64", plugins=True)
         plugin = build_plugin(emulator, self._cache)
         handle, file = tempfile.mkstemp(prefix="counts-", dir=self._folder())
         os.close(handle)
-        command = self.command(1, emulator=emulator, options=plugin_options(plugin, Path(file)), runner=runner)
+        command = self.command(1, form=form, emulator=emulator, options=plugin_options(plugin, Path(file)))
         return CountingWorker(folder, options, command=command, core=self.core.name, file=Path(file))
 
     def command(
-        self, threads: int, *, emulator: Path | None = None, options: Sequence[str] = (), runner: Path | None = None
+        self, threads: int, *, form: str = "onnx", emulator: Path | None = None, options: Sequence[str] = ()
     ) -> list[str]:
-        """The command line of a worker on the core: Python's, or the native ``runner``."""
+        """The command line of a worker on the core that opens artifacts of ``form``."""
         emulator = emulator or find_emulator(self.core.machine)
         if self.core.cpu.partition(",")[0] not in _cpus(emulator):
             raise Unsupported(
@@ -184,8 +191,8 @@ class QemuTarget:
             )
         start = [str(emulator), "-cpu", self.core.cpu, *options]
         end = ["--threads", str(threads), "--parent", str(os.getpid())]
-        if runner is not None:
-            return [*start, str(runner), *end]
+        if form == "gguf":
+            return [*start, str(self._runner()), *end]
         if self.core.machine == "aarch64":
             root = find_root(self._cache)
             return [*start, "-L", str(root.prefix(self.core)), str(root.python(self.core)), "-I", self._worker(), *end]
@@ -197,10 +204,7 @@ class QemuTarget:
         """The emulated machine: one core, no clock, no sensors."""
         emulator = find_emulator(self.core.machine)
         arm = self.core.machine == "aarch64"
-        try:
-            versions = dict(find_root(self._cache).versions) if arm else {"python": platform.python_version()}
-        except MissingDependency:  # GGUF needs none
-            versions = {}
+        versions = dict(find_root(self._cache).versions) if arm else {"python": platform.python_version()}
         return {
             "system": "Linux", "release": platform.release(), "machine": self.core.machine,
             "cpu": f"{self.core.name} (emulated)", "cpu_flags": list(self.core.flags),
@@ -209,18 +213,20 @@ class QemuTarget:
             "versions": {**versions, "edgestill": __version__, "qemu": _version(emulator)},
         }  # fmt: skip
 
-    def _runner(self, folder: Path) -> Path | None:
-        """What runs ``folder`` here: ``None`` is Python's worker (ONNX), else the runner for this core (GGUF)."""
+    def _form(self, folder: Path) -> str:
+        """The artifact's format, or :class:`Unsupported`."""
         form = open_artifact(folder, check=False).manifest.format if (folder / ARTIFACT_FILE).exists() else "torch"
-        if form == "onnx":
-            return None
-        if form == "gguf" and self.core.machine == "aarch64":
-            return find_runner("aarch64", {"cpu_flags": self.core.flags}, cache=self._cache)
-        only = "ONNX and GGUF artifacts" if self.core.machine == "aarch64" else "ONNX artifacts"
-        raise Unsupported(
-            f"{self.name} runs {only}, {folder.name} is {form}",
-            hint="there is no aarch64 wheel for it; measure it on a board (ssh://, adb:)",
-        )
+        if form not in ("onnx", "gguf"):
+            raise Unsupported(
+                f"{self.name} runs ONNX and GGUF artifacts, {folder.name} is {form}",
+                hint="export it: onnx:int8, gguf:q8_0",
+            )
+        return form
+
+    def _runner(self) -> Path:
+        """The native runner for this core, or of the level that was asked for."""
+        flags = self.core.flags if self._level is None else LEVELS[self._level].features
+        return find_runner(self.core.machine, {"cpu_flags": flags}, cache=self._cache)
 
     def _environment(self) -> dict[str, str]:
         """This machine's own Python needs to find edgestill where this process did."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from edgestill.errors import EdgestillError, MissingDependency, Unsupported, UsageError
+from edgestill.runtimes.native.find import RUNNER_NAME, runner_folder
 from edgestill.runtimes.session import SessionOptions
 from edgestill.runtimes.targets import open_target, parse_target
 from edgestill.runtimes.transports.local import LocalWorker
@@ -66,11 +67,30 @@ def test_an_illegal_instruction_is_a_result(tmp_path: Path) -> None:
     assert "illegal" not in caught.value.message
 
 
-def test_a_model_folder_does_not_run(tmp_path: Path) -> None:
+def test_what_runs(tmp_path: Path) -> None:
     with QemuTarget("cortex-a76") as target, pytest.raises(Unsupported, match="runs ONNX and GGUF artifacts"):
         target.open_worker(tmp_path, ONE)
-    with QemuTarget("x86-avx2") as target, pytest.raises(Unsupported, match="ONNX"):
-        target.open_counter(tmp_path, ONE)
+    for address in ("cortex-a53?level=dotprods", "cortex-a53?levels=dotprod"):
+        with pytest.raises(UsageError, match="cortex-a53"):
+            QemuTarget(address)
+
+
+@needs_qemu
+def test_a_runner_of_newer_cores_on_an_old_one(tmp_path: Path) -> None:
+    """GGUF takes the native runner that fits the core, and on request one that does not."""
+    with QemuTarget("cortex-a53", cache=tmp_path) as target, pytest.raises(MissingDependency) as caught:
+        target.command(1, form="gguf")
+    assert "build-runner" in caught.value.hint
+    for level in ("armv8.0", "dotprod"):
+        folder = runner_folder(level, cache=tmp_path)
+        folder.mkdir(parents=True)
+        program(folder / RUNNER_NAME)
+    command = QemuTarget("cortex-a53", cache=tmp_path).command(2, form="gguf")
+    assert Path(command[3]).parent.name == "armv8.0"
+    forced = QemuTarget("cortex-a53?level=dotprod", cache=tmp_path).command(2, form="gguf")
+    assert Path(forced[3]).parent.name == "dotprod"
+    with pytest.raises(Unsupported, match="illegal instruction on cortex-a53"):
+        QemuWorker(tmp_path, ONE, command=forced, core="cortex-a53")
 
 
 # ---- with the root file system: minutes of emulation ---------------------------------------------------------------
@@ -135,30 +155,3 @@ def test_dot_products_are_counted_where_a_core_has_them(artifacts: dict[str, Pat
     assert len({row["dot"] for row in new}) == 1, "of two processes and two windows"
     totals = {core: np.median([sum(row.values()) for row in rows]) for core, rows in counted.items()}
     assert totals["cortex-a76"] < totals["cortex-a53"]
-
-
-@needs_qemu
-@pytest.mark.slow
-def test_gguf_runs_by_the_native_runner_of_the_core(tiny_llama: Path, tmp_path: Path) -> None:
-    """Without a root file system; the counts tell the level: dot products on a Cortex-A76, none on an A53."""
-    from edgestill.export import export
-    from edgestill.recipe import ExportConfig
-
-    folder = export(tiny_llama, tmp_path / "it's gguf", ExportConfig(to="gguf:q8_0")).path
-    ids = np.random.default_rng(0).integers(3, 300, (1, 8))
-    dots = {}
-    for core, level in (("cortex-a53", "armv8.0"), ("cortex-a76", "dotprod")):
-        with QemuTarget(core) as target:
-            try:
-                worker = target.open_counter(folder, ONE)
-            except MissingDependency as error:
-                pytest.skip(f"{error.message}: {error.hint}")
-            with worker, LocalWorker(folder, ONE) as here:
-                assert level in worker.info().version
-                assert "latency" not in worker.info().capabilities
-                got, wanted = (one.forward(ids, np.ones_like(ids)) for one in (worker, here))
-                np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-2)
-                [window] = worker.count_forward(ids, np.ones_like(ids), windows=1)
-                dots[core] = window["dot"]
-    assert dots["cortex-a53"] == 0
-    assert dots["cortex-a76"] > 0
