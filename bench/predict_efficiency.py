@@ -12,8 +12,8 @@ than GPUs; ``rest`` is how much the models on one device differ. Everything is e
   2004, section 3): a kind of which one device is known gets an honest interval instead of none;
 * a device with points of its own is drawn towards its kind by how few they are (best linear unbiased prediction).
 
-Intervals are Student's t with the moderated degrees of freedom. Beyond the sizes of model that speeds are published
-of, the interval grows by how much the size mattered inside devices, and by the doubt in that.
+Intervals are Student's t with the moderated degrees of freedom. They are of points like those published; a speed beyond
+all published ones of its kind is another matter, see :func:`edgestill.bench.predict.stretch`.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class _Kind:
     freedom: float
     points: int
     devices: int
+    fastest: float  # the highest published speed, in tokens a second
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,6 @@ class EfficiencyModel:
     freedom: int
     kinds: Mapping[str, _Kind]
     devices: Mapping[str, tuple[float, int]]  # mean log efficiency at 8 bits, number of points
-    sizes: tuple[float, float]  # log bytes a token, smallest and largest
-    size_doubt: float  # squared change of log efficiency for each log unit of size, with the doubt in it
-
-    def beyond(self, bytes_per_token: float) -> float:
-        """Further variance for a model that is smaller or larger than all that speeds are published of."""
-        size = math.log(bytes_per_token)
-        return self.size_doubt * max(self.sizes[0] - size, size - self.sizes[1], 0.0) ** 2
 
     def predict(self, device: str, processor: str, bits: float, *, extra_variance: float = 0.0) -> Spread | None:
         """The efficiency of a device at ``bits`` a weight, as a share of its bandwidth; ``None`` for a kind of
@@ -140,17 +134,11 @@ def fit_efficiency(points: Sequence[DecodePoint]) -> EfficiencyModel:
         weights = np.array([1 / (moderated + rest / len(rows[n])) for n in members])
         mean = float((weights * np.array([means[n] for n in members])).sum() / weights.sum())
         count = sum(len(rows[n]) for n in members)
+        fastest = max(p.tokens_per_s for n in members for p in rows[n])
         kinds[kind] = _Kind(
-            mean, float(1 / weights.sum()), moderated, PRIOR_DEVICES + degrees, count, len(members)
+            mean, float(1 / weights.sum()), moderated, PRIOR_DEVICES + degrees, count, len(members), fastest
         )  # fmt: skip
-    size = {n: np.array([math.log(p.bytes_per_token) for p in rows[n]]) for n in names}
-    spread_inside = sum(float(((size[n] - size[n].mean()) ** 2).sum()) for n in names)
-    tilt = sum(float(((size[n] - size[n].mean()) * residuals[n]).sum()) for n in names)
-    doubt = (tilt / spread_inside) ** 2 + rest / spread_inside if spread_inside else rest
-    ends = (min(float(s.min()) for s in size.values()), max(float(s.max()) for s in size.values()))
-    return EfficiencyModel(
-        slope, rest, freedom, kinds, {n: (means[n], len(rows[n])) for n in names}, ends, doubt
-    )  # fmt: skip
+    return EfficiencyModel(slope, rest, freedom, kinds, {n: (means[n], len(rows[n])) for n in names})
 
 
 def leave_one_out(points: Sequence[DecodePoint], *, judged: Sequence[DecodePoint] | None = None) -> list[float]:

@@ -47,6 +47,18 @@ def test_a_phone_never_measured_gets_a_wider_interval_and_the_error_of_unseen_de
     assert new.method["mean_error"] > seen.method["mean_error"]
 
 
+def test_a_model_faster_than_all_published_ones_gets_an_interval_that_reaches_down_to_them() -> None:
+    small = replace(DECODER, weight_bytes=100_000_000, weights=135_000_000, kv_bytes_per_token=0)
+    row = found(predict(small, find_profile("iphone-15"), length=64, new_tokens=8), "decode_tokens_per_s")
+    spread = fit_efficiency(load_points()).predict("iphone-15", "gpu", small.bits)
+    fastest = max(p.tokens_per_s for p in load_points() if p.processor == "gpu")
+    assert spread is not None
+    assert row.high == pytest.approx(spread.high * 512)  # 51.2 GB/s over 0.1 GB
+    assert row.low == pytest.approx(fastest * spread.low / spread.value)
+    assert row.value == pytest.approx((spread.value * 512 * fastest) ** 0.5)
+    assert row.method["extrapolated"] is True
+
+
 def test_prompts_go_by_the_devices_own_prompt_speeds() -> None:
     rows = predict(replace(DECODER, weights=6_740_000_000), find_profile("apple-m1-pro"), length=512, new_tokens=8)
     rate, first = found(rows, "prefill_tokens_per_s"), found(rows, "time_to_first_token_ms")

@@ -13,9 +13,9 @@ from edgestill.bench.points import DecodePoint, load_points
 from edgestill.bench.predict_efficiency import PRIOR_DEVICES, fit_efficiency, leave_one_device_out, leave_one_out
 
 
-def point(device: str, log_efficiency: float, bits: float = 8.0, kind: str = "cpu", size: float = 1e9) -> DecodePoint:
-    speed = math.exp(log_efficiency) * 100e9 / size
-    return DecodePoint(device, kind, device, "m", bits, size, speed, 100e9, "s")
+def point(device: str, log_efficiency: float, bits: float = 8.0, kind: str = "cpu") -> DecodePoint:
+    speed = math.exp(log_efficiency) * 100
+    return DecodePoint(device, kind, device, "m", bits, 1e9, speed, 100e9, "s")
 
 
 def dense(points: Sequence[DecodePoint]) -> tuple[float, float]:
@@ -77,14 +77,6 @@ def test_a_kind_of_one_device_borrows_the_spread_of_the_others() -> None:
     model = fit_efficiency(points)
     assert model.predict("other", "npu", 8.0).ends > 1.5  # type: ignore[union-attr]
     assert model.predict("other", "gpu", 8.0) is None
-
-
-def test_beyond_the_sizes_that_were_published_the_doubt_grows() -> None:
-    points = [point(name, -0.5 + 0.1 * math.log(s), size=s * 1e9) for name in "ab" for s in (1.0, 2.0, 4.0)]
-    model = fit_efficiency(points)
-    assert model.beyond(2e9) == 0
-    assert 0 < model.beyond(0.5e9) < model.beyond(0.1e9)
-    assert model.beyond(0.5e9) == pytest.approx(model.size_doubt * math.log(2) ** 2)
 
 
 def test_the_interval_of_an_unseen_device_covers_what_it_says() -> None:
