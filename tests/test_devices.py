@@ -12,12 +12,17 @@ from edgestill.artifact import Histogram, Manifest, seal_artifact
 from edgestill.bench.measure import Subject
 from edgestill.bench.predicted import predicted_rows
 from edgestill.bench.profiles import profile_names
-from edgestill.benchmark import BenchResult
+from edgestill.benchmark import BenchRequest, BenchResult, bench_subjects
 from edgestill.devices import CalibrateRequest, calibrate_host, list_targets, show_profile
 from edgestill.errors import UsageError
 from edgestill.runtimes.targets import SCHEMES
 from edgestill.show import show
 from edgestill.stages import Observer
+
+
+TOKENIZER = """{"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": {"type": "Whitespace"},
+"post_processor": null, "decoder": null, "truncation": null, "padding": null,
+"model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "the": 1}, "unk_token": "[UNK]"}}"""
 
 
 def decoder(folder: Path) -> Path:
@@ -30,6 +35,7 @@ def decoder(folder: Path) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    (folder / "tokenizer.json").write_text(TOKENIZER)
     manifest = Manifest(
         format="gguf", quantisation="f16", task="text-generation", entry="model.gguf", inputs=(), outputs=(),
         shapes="dynamic", max_length=4096, vocab_size=256, contents="f16", minimum_runtime={}, lineage={},
@@ -78,3 +84,18 @@ def test_tables_fit_and_keep_predictions_apart(capsys: pytest.CaptureFixture[str
 def test_calibrating_needs_two_runtimes(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="compares runtimes"):
         calibrate_host(CalibrateRequest((decoder(tmp_path / "a"),)), Observer())
+
+
+def test_a_profile_is_a_target_and_predictions_are_never_compared_as_measurements(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        decoder(tmp_path / name)
+    subjects = (tmp_path / "a", tmp_path / "b")
+    request = BenchRequest(subjects, target=("profile:oneplus-12", "profile:nope"), length=64, new_tokens=8)
+    result = bench_subjects(request, Observer())
+    predicted = [row for row in result.measurements if row.source == "predicted"]
+    assert {row.target for row in predicted} == {"profile:oneplus-12"}
+    assert {row.subject for row in predicted} == {"a", "b"}
+    assert list(result.problems) == ["profile:nope"]
+    assert {comparison.metric for comparison in result.comparisons} <= {
+        "download_bytes", "model_bytes", "size_bytes", "bits_per_weight",
+    }  # fmt: skip
