@@ -19,7 +19,6 @@ from edgestill.runtimes.targets import SCHEMES
 from edgestill.show import show
 from edgestill.stages import Observer
 
-
 TOKENIZER = """{"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": {"type": "Whitespace"},
 "post_processor": null, "decoder": null, "truncation": null, "padding": null,
 "model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "the": 1}, "unk_token": "[UNK]"}}"""
