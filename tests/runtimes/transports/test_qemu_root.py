@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,50 @@ def test_a_root_without_its_stamp_is_none_and_one_with_it_is_taken(tmp_path: Pat
     assert root.path == folder
     _script(tools / "mmdebstrap", "exit 1")  # it is not called
     assert build_root(tmp_path) == root
+
+
+def test_two_at_once(tmp_path: Path, tools: Path) -> None:
+    """The second waits for the lock, and finds what the first one built."""
+    _script(tools / "mmdebstrap", f"touch {tmp_path}/ran; exit 1")
+    folder = qemu_root._folder(qemu_root._versions(), tmp_path / "cache")
+    folder.parent.mkdir(parents=True)
+    waiting = threading.Event()
+    found: list[qemu_root.Root] = []
+
+    def told(message: str, fraction: float | None = None) -> None:
+        if message.startswith("waiting"):
+            waiting.set()
+
+    with (folder.parent / f"{folder.name}.lock").open("a") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        second = threading.Thread(target=lambda: found.append(build_root(tmp_path / "cache", progress=told)))
+        second.start()
+        assert waiting.wait(30)
+        folder.mkdir()
+        (folder / "root.json").write_text("{}")
+    second.join(30)
+    assert [root.path for root in found] == [folder]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_step_that_is_done_is_kept(tmp_path: Path, tools: Path) -> None:
+    """Debian's packages came, then pip could not be run: the next try begins with the wheels."""
+    folder = qemu_root._folder(qemu_root._versions(), tmp_path)
+    partial = folder.parent / f"{folder.name}.partial"
+    (partial / "system/usr").mkdir(parents=True)
+    (partial / "unpacked").mkdir()
+    _script(tools / "mmdebstrap", f"touch {tmp_path}/ran; exit 1")
+    seen: list[str] = []
+
+    def told(message: str, fraction: float | None = None) -> None:
+        seen.append(message)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_root(tmp_path, progress=told)
+    assert seen[0].startswith("numpy ")
+    assert not (tmp_path / "ran").exists()
+    assert (partial / "system/usr").is_dir()
 
 
 def test_a_core_tells_who_it_is(tmp_path: Path) -> None:
