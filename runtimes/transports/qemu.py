@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from ... import __version__
 from ...artifact import ARTIFACT_FILE, open_artifact
-from ...errors import EdgestillError, Unsupported, UsageError, nearest
+from ...errors import EdgestillError, MissingDependency, Unsupported, UsageError, nearest
 from ..native.find import find_runner
 from ..native.levels import LEVELS
 from ..session import SessionInfo, SessionOptions
@@ -204,7 +204,10 @@ class QemuTarget:
         """The emulated machine: one core, no clock, no sensors."""
         emulator = find_emulator(self.core.machine)
         arm = self.core.machine == "aarch64"
-        versions = dict(find_root(self._cache).versions) if arm else {"python": platform.python_version()}
+        try:
+            versions = dict(find_root(self._cache).versions) if arm else {"python": platform.python_version()}
+        except MissingDependency:  # GGUF needs none
+            versions = {}
         return {
             "system": "Linux", "release": platform.release(), "machine": self.core.machine,
             "cpu": f"{self.core.name} (emulated)", "cpu_flags": list(self.core.flags),
@@ -216,9 +219,10 @@ class QemuTarget:
     def _form(self, folder: Path) -> str:
         """The artifact's format, or :class:`Unsupported`."""
         form = open_artifact(folder, check=False).manifest.format if (folder / ARTIFACT_FILE).exists() else "torch"
-        if form not in ("onnx", "gguf"):
+        known = ("onnx", "gguf") if self.core.machine == "aarch64" else ("onnx",)
+        if form not in known:
             raise Unsupported(
-                f"{self.name} runs ONNX and GGUF artifacts, {folder.name} is {form}",
+                f"{self.name} runs {' and '.join(known)} artifacts, {folder.name} is {form}",
                 hint="export it: onnx:int8, gguf:q8_0",
             )
         return form

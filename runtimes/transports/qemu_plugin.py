@@ -62,6 +62,11 @@ def build_plugin(emulator: Path, cache: Path | None = None) -> Path:
 
 def _interface(emulator: Path) -> int:
     """The version of the plugin interface: the data of an instruction is a pointer until 2, a copy from 3 on."""
+    if "-plugin" not in subprocess.run([str(emulator), "-h"], capture_output=True, text=True, check=False).stdout:
+        raise MissingDependency(
+            f"{emulator} takes no plugins, so no instruction can be counted",
+            hint="apt-get install qemu-user (where that is a static program, a build of QEMU with --enable-plugins)",
+        )
     told = subprocess.run([str(emulator), "--version"], capture_output=True, text=True, check=False).stdout
     found = re.search(r"version (\d+)\.(\d+)", told)
     if found is None:

@@ -68,7 +68,9 @@ def test_an_illegal_instruction_is_a_result(tmp_path: Path) -> None:
 
 
 def test_what_runs(tmp_path: Path) -> None:
-    with QemuTarget("cortex-a76") as target, pytest.raises(Unsupported, match="runs ONNX and GGUF artifacts"):
+    with QemuTarget("cortex-a76") as target, pytest.raises(Unsupported, match="runs onnx and gguf artifacts"):
+        target.open_worker(tmp_path, ONE)
+    with QemuTarget("x86-avx2") as target, pytest.raises(Unsupported, match="runs onnx artifacts"):
         target.open_worker(tmp_path, ONE)
     for address in ("cortex-a53?level=dotprods", "cortex-a53?levels=dotprod"):
         with pytest.raises(UsageError, match="cortex-a53"):
@@ -155,3 +157,30 @@ def test_dot_products_are_counted_where_a_core_has_them(artifacts: dict[str, Pat
     assert len({row["dot"] for row in new}) == 1, "of two processes and two windows"
     totals = {core: np.median([sum(row.values()) for row in rows]) for core, rows in counted.items()}
     assert totals["cortex-a76"] < totals["cortex-a53"]
+
+
+@needs_qemu
+@pytest.mark.slow
+def test_gguf_runs_by_the_native_runner_of_the_core(tiny_llama: Path, tmp_path: Path) -> None:
+    """Without a root file system; the counts tell the level: dot products on a Cortex-A76, none on an A53."""
+    from edgestill.export import export
+    from edgestill.recipe import ExportConfig
+
+    folder = export(tiny_llama, tmp_path / "it's gguf", ExportConfig(to="gguf:q8_0")).path
+    ids = np.random.default_rng(0).integers(3, 300, (1, 8))
+    dots = {}
+    for core, level in (("cortex-a53", "armv8.0"), ("cortex-a76", "dotprod")):
+        with QemuTarget(core) as target:
+            try:
+                worker = target.open_counter(folder, ONE)
+            except MissingDependency as error:
+                pytest.skip(f"{error.message}: {error.hint}")
+            with worker, LocalWorker(folder, ONE) as here:
+                assert level in worker.info().version
+                assert "latency" not in worker.info().capabilities
+                got, wanted = (one.forward(ids, np.ones_like(ids)) for one in (worker, here))
+                np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-2)
+                [window] = worker.count_forward(ids, np.ones_like(ids), windows=1)
+                dots[core] = window["dot"]
+    assert dots["cortex-a53"] == 0
+    assert dots["cortex-a76"] > 0

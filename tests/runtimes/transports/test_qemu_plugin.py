@@ -188,3 +188,10 @@ def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         find_emulator("aarch64", plugins=True)
     assert caught.value.hint == "apt-get install qemu-user"
     assert not (tmp_path / "plugins").exists()
+
+
+@pytest.mark.skipif(shutil.which("qemu-aarch64-static") is None, reason="apt-get install qemu-user-static")
+def test_an_emulator_without_plugins(tmp_path: Path) -> None:
+    """Debian's static one."""
+    with pytest.raises(MissingDependency, match="takes no plugins"):
+        build_plugin(Path(str(shutil.which("qemu-aarch64-static"))), tmp_path)
