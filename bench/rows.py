@@ -191,6 +191,8 @@ def _measurement(
         environment["machine_load"] = record.loads
         environment["busy"] = any(load["busy"] for load in record.loads)
         environment["unsteady_warmups"] = record.unsteady
+        if record.cut:
+            environment["launches_cut"] = record.cut
         if record.sensors:
             environment["sensors"] = [record.sensors[0], record.sensors[-1]]
         protocol = {**protocol, "noise_floor": protocol["noise_floors"].get(metric, protocol["noise_floor"])}

@@ -17,13 +17,14 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BadInput, EdgestillError, MissingDependency, Unsupported, WorkerError
+from ..errors import BadInput, EdgestillError, LinkLost, MissingDependency, ResourceExhausted, Unsupported, WorkerError
 from ..recipe import BenchConfig
 from ..runtimes.sensors import energy_between
 from ..runtimes.session import SessionInfo, SessionOptions
 from .environment import LoadProbe
 from .percentiles import needed_samples
 from .plan import Kind
+from .relaunch import load_of, relaunching
 
 __all__ = ["WARMUP", "OpenWorker", "Record", "Subject", "Work", "Worker", "take_alone", "take_round"]
 
@@ -96,7 +97,8 @@ class OpenWorker(Protocol):
 class Record:
     """What has been taken of one subject so far: samples per launch by metric, and why something is missing.
 
-    ``depths``: decode speeds by the number of tokens that stood before.
+    ``depths``: decode speeds by the number of tokens that stood before. ``cut``: launches that a broken link ended,
+    which were taken again.
     """
 
     subject: Subject
@@ -110,6 +112,7 @@ class Record:
     loads: list[dict[str, Any]] = field(default_factory=list)
     sensors: list[dict[str, Any]] = field(default_factory=list)
     unsteady: int = 0
+    cut: int = 0
 
     def add(self, metric: str, values: list[float]) -> None:
         """One more launch of ``metric``."""
@@ -117,10 +120,13 @@ class Record:
 
     @contextlib.contextmanager
     def catching(self) -> Iterator[None]:
-        """What goes wrong with the artifact or its worker is written down, not raised."""
+        """What goes wrong with the artifact or its worker is written down, not raised; a link that broke is raised,
+        since the launch is taken again."""
         try:
             yield
-        except (WorkerError, MissingDependency, Unsupported, BadInput) as error:
+        except LinkLost:
+            raise
+        except (WorkerError, MissingDependency, Unsupported, BadInput, ResourceExhausted) as error:
             self.failure = _why(error)
 
 
@@ -156,6 +162,10 @@ class Work:
 
 def take_round(records: Sequence[Record], work: Work) -> None:
     """One launch of each of ``records``, in this order: load, first inference, warm-up, then timings in turns."""
+    relaunching(records, lambda: _round(records, work))
+
+
+def _round(records: Sequence[Record], work: Work) -> None:
     alive: list[tuple[Record, Worker]] = []
     taken: list[Record] = [record for record in records if record.failure is None]
     with LoadProbe() as probe, contextlib.ExitStack() as stack:
@@ -170,8 +180,9 @@ def take_round(records: Sequence[Record], work: Work) -> None:
                 record.add("first_inference_ms", [first[0] * 1e3])
                 alive.append((record, worker))
         _turns(alive, work)
+    workers = {id(record): worker for record, worker in alive}
     for record in taken:
-        record.loads.append(probe.result)
+        record.loads.append(load_of(workers.get(id(record)), probe.result))
 
 
 def _turns(alive: Sequence[tuple[Record, Worker]], work: Work) -> None:
@@ -238,8 +249,11 @@ def _add_generation(record: Record, runs: Sequence[dict[str, Any]], work: Work) 
 
 def take_alone(record: Record, kind: Kind, work: Work) -> None:
     """One launch of a subject that nothing else lives beside."""
-    if record.failure is not None:
-        return
+    if record.failure is None:
+        relaunching([record], lambda: _alone(record, kind, work))
+
+
+def _alone(record: Record, kind: Kind, work: Work) -> None:
     take: dict[str, Callable[[Record, Worker, Work], None]] = {
         "cold": _take_cold, "memory": _take_memory, "depth": _take_depths, "sustained": _take_sustained,
     }  # fmt: skip
@@ -248,7 +262,7 @@ def take_alone(record: Record, kind: Kind, work: Work) -> None:
             record.info = info = worker.info()
             _refuse(info, work)
             take[kind](record, worker, work)
-        record.loads.append(probe.result)
+        record.loads.append(load_of(worker, probe.result))
 
 
 def _refuse(info: SessionInfo, work: Work) -> None:

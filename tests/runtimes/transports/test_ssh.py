@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from edgestill.artifact import Artifact
+from edgestill.bench.measure import Place, Subject, measure_speed
 from edgestill.errors import (
     BadInput,
     EdgestillError,
@@ -25,13 +26,14 @@ from edgestill.errors import (
     WorkerError,
 )
 from edgestill.export import export
-from edgestill.recipe import ExportConfig
+from edgestill.recipe import BenchConfig, ExportConfig
 from edgestill.runtimes.machine import machine_facts
 from edgestill.runtimes.native import find_runner
 from edgestill.runtimes.session import SessionOptions
 from edgestill.runtimes.targets import open_target
 from edgestill.runtimes.transports import ssh
 from edgestill.runtimes.transports.local import LocalWorker
+from edgestill.runtimes.transports.remote_worker import RemoteWorker
 from edgestill.runtimes.transports.ssh import SshTarget
 from edgestill.runtimes.transports.store import LocalFile
 
@@ -297,6 +299,37 @@ def test_a_link_that_drops_under_a_worker(board: Any, quick_link: None, lookup: 
         works(target, lookup, table)
         assert target._store.sent_bytes == sent
         assert board.inside("sh", "-c", f"ls {STORE}/exchange; ls -d /proc/{pid}/ 2>/dev/null") == ""
+
+
+def test_a_bench_survives_a_link_that_drops(board: Any, quick_link: None, lookup: Artifact) -> None:
+    """The launch that was cut is repeated; every number is there, and the record says that one was cut."""
+    opened = 0
+
+    def open_worker(folder: Path, options: SessionOptions, *, cold: bool = False) -> RemoteWorker:
+        nonlocal opened
+        worker = target.open_worker(folder, options, cold=cold)
+        opened += 1
+        if opened == 2:
+            board.link("down")
+            threading.Timer(12, board.link, ["up"]).start()
+        return worker
+
+    with SshTarget(board.target()) as target:
+        place = Place(dict(target.facts()), target.name, target.source)
+        rows = measure_speed(
+            [Subject("lookup", lookup.path)], BenchConfig(launches=2, repeats=3, length=3, max_seconds=5), ids=IDS,
+            task="feature-extraction", open_worker=open_worker, place=place,
+        )  # fmt: skip
+        assert target.shell.connections == 2
+    found = {row.metric: row for row in rows}
+    assert (found["latency_ms"].source, len(found["latency_ms"].samples)) == ("measured", 2)
+    assert found["latency_ms"].summary.value > 0
+    assert found["peak_memory_bytes"].summary is not None
+    environment = found["latency_ms"].environment
+    assert environment["launches_cut"] == 1
+    assert environment["cpu"] == target.facts()["cpu"]
+    assert {load["worker"] for load in environment["machine_load"]} == {"python"}
+    assert all(load["busy"] in (True, False) for load in environment["machine_load"])
 
 
 def test_a_short_drop_is_not_noticed(board: Any, target: SshTarget, lookup: Artifact, table: np.ndarray) -> None:
