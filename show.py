@@ -198,7 +198,7 @@ def _noise(row: Measurement) -> None:
     floor, launches = row.protocol.get("noise_floor"), row.protocol.get("launches")
     if row.protocol.get("noise_floors") is not None:
         told = f"noise floor {floor:.1%}" if floor is not None else f"{row.protocol.get('noise_floor_reason')}"
-        stderr.print(f"{launches} launches, {told}", style="dim", markup=False)
+        stderr.print(f"{launches} launch{'es' * (launches != 1)}, {told}", style="dim", markup=False)
     if row.environment.get("busy"):
         loads = row.environment.get("machine_load", [])
         share = max((load["others_fraction"] + load["steal_fraction"] for load in loads), default=0.0)

@@ -2,7 +2,7 @@
 
 :mod:`edgestill.runtimes.worker` moves the messages; here is one method an operation. Speed, memory and accuracy are
 meant to be taken in separate launches. The memory sampler runs in every operation that runs the model, timed ones too:
-it costs about 10 microseconds in 10 milliseconds, and a peak that nobody saw would cost more.
+it costs about 60 microseconds in 10 milliseconds (figure ``harness_cpu``), and a peak that nobody saw would cost more.
 """
 
 from __future__ import annotations

@@ -49,6 +49,27 @@ def test_the_sampler_sees_a_peak_that_is_gone_at_the_end():
 
 
 @linux
+def test_a_reading_agrees_with_the_kernels_other_page():
+    """statm, that is read, against status, that names its numbers (counters may lag by a few pages per thread)."""
+    rows = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+    told = {row[0]: int(row[1]) * 1024 for row in rows if row[0] in ("RssAnon:", "RssFile:", "RssShmem:", "VmRSS:")}
+    found = read_memory()
+    assert found.anonymous == pytest.approx(told["RssAnon:"], abs=MEBI)
+    assert found.file_backed == pytest.approx(told["RssFile:"] + told["RssShmem:"], abs=MEBI)
+    assert found.rss == pytest.approx(told["VmRSS:"], abs=MEBI)
+
+
+@linux
+def test_a_long_block_is_sampled_less_and_less_often_and_ends_at_once():
+    sampler = PeakSampler(interval=0.001)
+    with sampler.sampling():
+        time.sleep(0.5)
+        before = time.perf_counter()
+    assert time.perf_counter() - before < 0.4  # whoever sleeps is woken
+    assert 10 < sampler.samples < 400
+
+
+@linux
 def test_the_peak_starts_anew(monkeypatch):
     block = np.ones(64 * MEBI, np.uint8)
     high = peak_rss()
@@ -60,6 +81,7 @@ def test_the_peak_starts_anew(monkeypatch):
 
 def test_elsewhere_what_is_not_known_is_none(monkeypatch):
     monkeypatch.setattr(memory, "_STATUS", Path("/nowhere/status"))
+    monkeypatch.setattr(memory, "_STATM", Path("/nowhere/statm"))
     assert read_memory() == memory.MemoryReading(None, None, None)
     sampler = PeakSampler()
     with sampler.sampling():
