@@ -28,7 +28,7 @@ Effort = Literal["quick", "normal", "thorough"]
 
 _EFFORTS: Mapping[Effort, Mapping[str, Any]] = {
     "quick": {"launches": 1, "repeats": 5, "max_seconds": 2.0},
-    "normal": {"launches": 5, "most_launches": 15, "repeats": 30, "max_seconds": 10.0},
+    "normal": {"launches": 5, "most_launches": 24, "repeats": 30, "max_seconds": 10.0},
     "thorough": {
         "launches": 8, "most_launches": 30, "repeats": 60, "max_seconds": 20.0, "percentiles": (90, 99),
         "depths": (0, 256, 1024), "sustained_seconds": 60.0,
@@ -41,7 +41,7 @@ class BenchRequest:
     """Measure ``subjects`` (artifact or model folders); the first one is the baseline.
 
     ``target``: where, see :mod:`edgestill.runtimes.targets`; one that fails costs its own rows. ``effort``: ``quick``
-    is one launch, a first look without noise floor; ``normal`` goes on from five launches up to fifteen while the noise
+    is one launch, a first look without noise floor; ``normal`` goes on from five launches up to 24 while the noise
     is larger than half of ``resolution``; ``thorough`` adds percentiles, decode speed by depth and a minute of work in
     one go. ``launches``, ``depths`` and ``sustained_seconds`` replace what the effort says. ``max_slowdown``: decide
     whether a subject is slower than the first one by more than this fraction.

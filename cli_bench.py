@@ -41,7 +41,7 @@ def bench(
     length: Annotated[int, typer.Option(min=1, help="Tokens of the timed input.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded in a timed generation.")] = 32,
     launches: Annotated[
-        int | None, typer.Option(min=1, help="Fresh processes per subject; by default 5, up to 15 where it is noisy.")
+        int | None, typer.Option(min=1, help="Fresh processes per subject; by default 5, up to 24 where it is noisy.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One launch: a first look, not a result.")] = False,
     thorough: Annotated[

@@ -25,9 +25,9 @@ class Comparison:
     """``ratio`` = subject / baseline of one metric, with its 99 % interval (none for exact quantities such as sizes).
 
     ``outcome`` is in the metric's own direction. ``better`` or ``worse``: the interval does not hold 1 and the ratio
-    lies beyond ``noise_floor`` (what the same subject differs from itself); on a busy machine the whole interval must.
-    ``same``: the whole interval lies within the resolution of the measurement. ``inconclusive``: the noise is larger
-    than that, with the ``reason``; ``unknown``: one side was not measured.
+    lies beyond ``noise_floor`` (what the same subject differs from itself). ``same``: the whole interval lies within the
+    resolution of the measurement. ``inconclusive``: the noise is larger than that, with the ``reason``; or the machine
+    was ``busy``, where two subjects that look alike may differ on a quiet one. ``unknown``: one side was not measured.
     """
 
     metric: str
@@ -40,6 +40,7 @@ class Comparison:
     noise_floor: float | None = None
     reason: str = ""
     target: str = "host"
+    busy: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def decide(comparisons: Sequence[Comparison], limit: float) -> list[Decision]:
     """Is a subject slower than the baseline by more than ``limit`` (``0.05``: five per cent)? One answer for each
     subject and target: of the tokens a second of a decoder, else of latency.
 
-    ``fail`` when the whole interval lies beyond the limit, ``pass`` when none of it does, else ``inconclusive``.
+    ``fail`` when the whole interval lies beyond the limit, ``pass`` when none of it does and the machine was not busy,
+    else ``inconclusive``.
     """
     found: dict[tuple[str, str], Comparison] = {}
     for metric in ("latency_ms", "decode_tokens_per_s"):
@@ -114,7 +116,7 @@ def _decide(row: Comparison, limit: float) -> Decision:
     slower = (row.low, row.high) if METRICS[row.metric].better == "lower" else (1 / row.high, 1 / row.low)
     told = f"takes {slower[0]:.3f} to {slower[1]:.3f} times as long as {row.baseline}"
     if slower[1] <= 1 + limit:
-        return answer("pass", told)
+        return answer("inconclusive", f"{told}, on a busy machine") if row.busy else answer("pass", told)
     if slower[0] > 1 + limit:
         return answer("fail", told)
     return answer("inconclusive", f"{told}: the interval holds the limit {1 + limit:.3f}")
@@ -132,9 +134,11 @@ def _compare(row: Measurement, base: Measurement) -> Comparison:
     def answer(outcome: Outcome, interval: Interval | None = None, reason: str = "") -> Comparison:
         ratio, low, high = interval or (None, None, None)
         floor = row.protocol.get("noise_floor") if timed else None
-        return Comparison(row.metric, row.subject, base.subject, outcome, ratio, low, high, floor, reason, row.target)
+        names = (row.metric, row.subject, base.subject)
+        return Comparison(*names, outcome, ratio, low, high, floor, reason, row.target, timed and busy)
 
     metric = METRICS[row.metric]
+    busy = bool(row.environment.get("busy") or base.environment.get("busy"))
     timed = metric.kind in _TIMED
     if reason or row.summary is None or base.summary is None:
         return answer("unknown", reason=reason)
@@ -150,23 +154,21 @@ def _compare(row: Measurement, base: Measurement) -> Comparison:
         found = answer("inconclusive", reason=f"{why}: nothing says how much of the difference is noise")
         return dataclasses.replace(found, ratio=ratio)
     interval = paired_ratio(row.samples, base.samples, better=metric.better)
-    return answer(*_judge(interval, row, base))
+    return answer(*_judge(interval, row, busy))
 
 
-def _judge(interval: Interval, row: Measurement, base: Measurement) -> tuple[Outcome, Interval, str]:
+def _judge(interval: Interval, row: Measurement, busy: bool) -> tuple[Outcome, Interval, str]:
     floor = row.protocol.get("noise_floor") or 0.0
     resolution = row.protocol.get("resolution") or _RESOLUTION
-    busy = bool(row.environment.get("busy") or base.environment.get("busy"))
-    beyond = 1 + floor
     apart = interval.low > 1 or interval.high < 1
-    if busy and apart:
-        apart = interval.low > beyond or interval.high < 1 / beyond
-    if apart and (interval.value > beyond or interval.value < 1 / beyond):
+    if apart and not 1 / (1 + floor) <= interval.value <= 1 + floor:
         return _direction(interval.value, row.metric), interval, ""
-    if 1 / (1 + resolution) <= interval.low and interval.high <= 1 + resolution:
-        return "same", interval, ""
-    noise = f"{interval.low:.3f} to {interval.high:.3f} with a noise floor of {floor:.1%}"
-    return "inconclusive", interval, f"{noise}{' on a busy machine' if busy else ''}: more launches, or a quieter time"
+    told = f"{interval.low:.3f} to {interval.high:.3f} with a noise floor of {floor:.1%}"
+    if not (1 / (1 + resolution) <= interval.low and interval.high <= 1 + resolution):
+        return "inconclusive", interval, f"{told}{' on a busy machine' if busy else ''}: measure again, or longer"
+    if busy:
+        return "inconclusive", interval, f"{told} on a busy machine: alike here, perhaps not on a quiet one"
+    return "same", interval, ""
 
 
 def _direction(ratio: float, metric: str) -> Outcome:

@@ -83,15 +83,16 @@ def test_equal_within_the_resolution_is_the_same_and_noise_is_not() -> None:
     assert only(compare([base, row("a", "latency_ms", wild)], "teacher")).outcome == "inconclusive"
 
 
-def test_a_busy_machine_needs_the_whole_interval_beyond_the_floor() -> None:
-    """2 % to 8 %: told apart on a quiet machine with a floor of 2.5 %, not on a busy one."""
-    a = [[10.3] * 3, [10.5] * 3, [10.7] * 3, [10.5] * 3, [10.5] * 3]
-    base = [[10.0] * 3] * 5
-    for busy, outcome in ((False, "worse"), (True, "inconclusive")):
-        rows = [row("teacher", "latency_ms", base, 0.025, busy=busy), row("a", "latency_ms", a, 0.025, busy=busy)]
-        found = only(compare(rows, "teacher"))
-        assert found.outcome == outcome
-        assert ("busy machine" in found.reason) == busy
+def test_a_busy_machine_shows_differences_and_proves_no_equality() -> None:
+    """What is 8 % apart is so there too; what looks alike need not be so on a quiet machine."""
+    base, alike, other = times(10, 1), times(10.01, 2), times(10.8, 3)
+    for busy, outcome, decision in ((False, "same", "pass"), (True, "inconclusive", "inconclusive")):
+        rows = [row(name, "latency_ms", launches, busy=busy) for name, launches in
+                (("teacher", base), ("alike", alike), ("other", other))]  # fmt: skip
+        found = compare(rows, "teacher")
+        assert [(c.subject, c.outcome, c.busy) for c in found] == [("alike", outcome, busy), ("other", "worse", busy)]
+        assert ("busy machine" in found[0].reason) == busy
+        assert [d.outcome for d in decide(found, 0.05)] == [decision, "fail"]
 
 
 def test_a_single_launch_decides_nothing() -> None:

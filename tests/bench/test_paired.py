@@ -73,8 +73,8 @@ def test_noise_floor_is_small_for_a_steady_machine_and_large_for_a_busy_one() ->
 
 def rule(effect: float, spread: float, seed: int) -> bool:
     """One comparison by the bench's own rule, on launches with log-normal noise: is the subject called different?"""
-    for count in range(5, 16):  # as `normal` does
-        noise = np.exp(np.random.default_rng(seed).normal(0, spread, (15, 3)))[:count]
+    for count in range(5, 25):  # as `normal` does
+        noise = np.exp(np.random.default_rng(seed).normal(0, spread, (24, 3)))[:count]
         base, again, subject = noise[:, :1].tolist(), noise[:, 1:2].tolist(), (noise[:, 2:] * (1 + effect)).tolist()
         found = paired_ratio(subject, base)
         if max(half_width(found), half_width(paired_ratio(again, base))) <= 0.025:

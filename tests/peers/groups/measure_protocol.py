@@ -21,6 +21,7 @@ from edgestill.bench.compare import compare
 from edgestill.bench.environment import LoadProbe
 from edgestill.bench.measure import Subject, measure_speed
 from edgestill.bench.paired import paired_ratio
+from edgestill.benchmark import BenchRequest, bench_config
 from edgestill.errors import EdgestillError
 from edgestill.recipe import BenchConfig
 from edgestill.runtimes.session import SessionOptions
@@ -88,12 +89,7 @@ def _comparisons(context: Context) -> _Told:
         with LoadProbe() as probe:
             for index in range(count):
                 context.progress(f"comparison {index + 1} of {count}")
-                config = BenchConfig(
-                    threads=1, length=LENGTH, launches=3 if context.tiny else 5, most_launches=15, seed=index,
-                    max_seconds=1.0 if context.tiny else 6.0, repeats=12 if context.tiny else 30,
-                )  # fmt: skip
-                if context.tiny:
-                    config = config.model_copy(update={"most_launches": 3})
+                config = _config(context.tiny, index)
                 rows = measure_speed(
                     subjects, config, ids=ids, task="feature-extraction", open_worker=_open, kinds=("speed",)
                 )
@@ -106,6 +102,14 @@ def _comparisons(context: Context) -> _Told:
                 floors.append(protocol["noise_floor"])
                 launches.append(protocol["launches"])
     return _Told(count, alarms, found, statistics.mean(launches), statistics.median(floors), busy_note(probe))
+
+
+def _config(tiny: bool, seed: int) -> BenchConfig:
+    """What `edgestill bench` does unasked, on one thread; less where nothing is judged."""
+    config = bench_config(BenchRequest((), threads=1, length=LENGTH)).model_copy(update={"seed": seed})
+    if tiny:
+        config = config.model_copy(update={"launches": 3, "most_launches": 3, "repeats": 12, "max_seconds": 1.0})
+    return config
 
 
 def _copy(artifact: Artifact, out: Path) -> Path:
