@@ -25,9 +25,10 @@ class Comparison:
     """``ratio`` = subject / baseline of one metric, with its 99 % interval (none for exact quantities such as sizes).
 
     ``outcome`` is in the metric's own direction. ``better`` or ``worse``: the interval does not hold 1 and the ratio
-    lies beyond ``noise_floor`` (what the same subject differs from itself). ``same``: the whole interval lies within the
-    resolution of the measurement. ``inconclusive``: the noise is larger than that, with the ``reason``; or the machine
-    was ``busy``, where two subjects that look alike may differ on a quiet one. ``unknown``: one side was not measured.
+    lies beyond ``noise_floor`` (what the same subject differs from itself). ``same``: the whole interval lies within
+    the resolution of the measurement. ``inconclusive``: the noise is larger than that, with the ``reason``; or the
+    machine was ``busy``, where two subjects that look alike may differ on a quiet one. ``unknown``: one side was not
+    measured.
     """
 
     metric: str
