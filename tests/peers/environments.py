@@ -11,19 +11,21 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edgestill.archives import extract_tar
 from edgestill.fetch import cache_folder
-from edgestill.files import atomic_write, hash_json
+from edgestill.files import atomic_write, hash_file, hash_json
 from edgestill.progress import Progress, silent
 
 from .registry import Unavailable
 
 __all__ = [
     "LLAMA_CPP_CONVERTER",
+    "LM_EVAL",
     "ONNXRUNTIME_GENAI",
     "SENTENCE_TRANSFORMERS",
     "TRL",
@@ -37,12 +39,16 @@ _STAMP = "stamp.txt"
 
 @dataclass(frozen=True)
 class Environment:
-    """``pins`` for pip; and a source package (``NAME==VERSION``) of which ``folders`` are unpacked beside them."""
+    """``pins`` for pip; and a source package (``NAME==VERSION``) of which ``folders`` are unpacked beside them.
+
+    ``beside``: it also sees the packages of the environment that runs this, and takes the versions of constraints.txt.
+    """
 
     name: str
     pins: tuple[str, ...]
     source: str = ""
     folders: tuple[str, ...] = ()
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,12 +87,22 @@ SENTENCE_TRANSFORMERS = Environment(
 )
 
 
+# lm-evaluation-harness, whose packages our own environment does without, beside it.
+LM_EVAL = Environment("lm-eval", ("lm-eval==0.4.13",), beside=True)
+
+
 def prepare(environment: Environment, progress: Progress = silent) -> Prepared:
     """The environment, made if need be; :class:`Unavailable` with pip's last word when it can't be."""
     folder = cache_folder() / "peers" / environment.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     prepared = Prepared(folder / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python", folder / "source")
-    wanted = hash_json({**asdict(environment), "python": list(sys.version_info[:3])})
+    facts = {key: value for key, value in asdict(environment).items() if key != "beside"}
+    constraints: list[str] = []
+    if environment.beside:
+        locked = Path(__file__).resolve().parents[2] / "constraints.txt"
+        constraints = ["-c", str(locked)]
+        facts["beside"] = [sysconfig.get_path("purelib"), hash_file(locked)]
+    wanted = hash_json({**facts, "python": list(sys.version_info[:3])})
     with folder.with_suffix(".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         stamp = folder / _STAMP
@@ -97,8 +113,11 @@ def prepare(environment: Environment, progress: Progress = silent) -> Prepared:
         progress(f"making the environment {environment.name}")
         needs_pip = bool(environment.pins or environment.source)
         venv.create(folder / "venv", with_pip=needs_pip, system_site_packages=False)
+        if environment.beside:
+            [packages] = (folder / "venv").glob("lib/python*/site-packages")
+            (packages / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
         if environment.pins:
-            _pip(environment.name, prepared.python, "install", *environment.pins)
+            _pip(environment.name, prepared.python, "install", *constraints, *environment.pins)
         if environment.source:
             name = environment.source.partition("==")[0]
             packages = folder / "packages"
