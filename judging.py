@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Judge", "Subjects", "read_all_measurements", "read_noise", "read_verdicts", "subject_names"]
 
 # Raised by one when what a stage writes changes although its input does not.
-VERSIONS = {"verify": 2, "accuracy": 2, "tasks": 2, "robustness": 1, "speed": 2}
+VERSIONS = {"verify": 3, "accuracy": 3, "tasks": 2, "robustness": 1, "speed": 2}
 
 NOISE_FILE = "work/robustness.json"
 

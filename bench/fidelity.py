@@ -194,6 +194,7 @@ def softmax(logits: Array) -> npt.NDArray[np.float64]:
 def _generation(scores: Mapping[str, Array], groups: Array, seed: int) -> list[Estimate]:
     estimates = _distribution(scores, groups, seed)
     estimates.append(mean_estimate("top5_agreement", scores["top5"], groups=groups, seed=seed))
+    estimates += _probability_changes(scores, groups, seed)
     surprise = -np.asarray(scores["logprob"], np.float64)
     estimates.append(_geometric("perplexity", surprise, groups, seed))
     excess = surprise + np.asarray(scores["reference_logprob"], np.float64)
@@ -210,13 +211,38 @@ def _next_token(scores: Mapping[str, Array], groups: Array, seed: int) -> list[E
 
 def _distribution(scores: Mapping[str, Array], groups: Array, seed: int) -> list[Estimate]:
     kl = np.asarray(scores["kl"], np.float64)
-    estimates = [mean_estimate("kl", kl, groups=groups, seed=seed)]
+    estimates = [mean_estimate("kl", kl, groups=groups, seed=seed), _derived("kl_median", kl, 0.5, "kl", groups, seed)]
     if 99 in supported_percentiles(len(kl)):
-        low, high = _interval(kl, lambda drawn: np.quantile(drawn, 0.99, axis=1), groups, seed)
-        summary = Summary(float(np.quantile(kl, 0.99)), "derived", len(kl), low, high)
-        estimates.append(Estimate("kl_p99", summary, (), {"derived_from": "kl"}))
+        estimates.append(_derived("kl_p99", kl, 0.99, "kl", groups, seed))
+    # no interval: a bootstrap can't see beyond the largest sample
+    estimates.append(Estimate("kl_max", Summary(float(kl.max()), "max", len(kl)), (), {"derived_from": "kl"}))
     estimates.append(mean_estimate("top1_agreement", scores["top1"], groups=groups, seed=seed))
     return estimates
+
+
+def _probability_changes(scores: Mapping[str, Array], groups: Array, seed: int) -> list[Estimate]:
+    """``delta_p``: by how much the probability of the true next token changed, artifact less reference, as
+    llama-perplexity defines it; and the root of its mean square. Both tails have percentiles."""
+    change = np.exp(np.asarray(scores["logprob"], np.float64))
+    change -= np.exp(np.asarray(scores["reference_logprob"], np.float64))
+    mean = mean_estimate("delta_p", change, groups=groups, seed=seed)
+    tails = {f"p{100 - p}": float(np.quantile(change, 1 - p / 100)) for p in supported_percentiles(len(change))}
+    quartiles = {"p25": float(np.quantile(change, 0.25)), "p75": float(np.quantile(change, 0.75))}
+    both = {**mean.summary.percentiles, **tails, **quartiles}
+    ordered = {name: both[name] for name in sorted(both, key=lambda name: int(name[1:]))}
+    low, high = _interval(change, lambda drawn: np.sqrt((drawn**2).mean(axis=1)), groups, seed)
+    square = Summary(float(np.sqrt((change**2).mean())), "derived", len(change), low, high)
+    return [
+        dataclasses.replace(mean, summary=dataclasses.replace(mean.summary, percentiles=ordered)),
+        Estimate("delta_p_rms", square, (), {"derived_from": "delta_p"}),
+    ]
+
+
+def _derived(metric: str, values: Array, share: float, of: str, groups: Array, seed: int) -> Estimate:
+    """The quantile ``share`` of another metric's samples."""
+    low, high = _interval(values, lambda drawn: np.quantile(drawn, share, axis=1), groups, seed)
+    summary = Summary(float(np.quantile(values, share)), "derived", len(values), low, high)
+    return Estimate(metric, summary, (), {"derived_from": of})
 
 
 def _embeddings(scores: Mapping[str, Array], groups: Array, seed: int) -> list[Estimate]:

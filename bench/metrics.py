@@ -22,7 +22,7 @@ _EMBEDDING: tuple[Task, ...] = ("feature-extraction",)
 _CLASSES: tuple[Task, ...] = ("text-classification",)
 _GENERATION: tuple[Task, ...] = ("text-generation",)
 _DISTRIBUTION: tuple[Task, ...] = (*CLASS_TASKS, "text-generation")
-_LABELLED: tuple[Task, ...] = ("feature-extraction", "text-classification")
+_LABELLED: tuple[Task, ...] = ("feature-extraction", "text-classification", "text-generation")
 
 
 @dataclass(frozen=True)
@@ -61,22 +61,34 @@ METRICS: Mapping[str, Metric] = _table(
     # accuracy, all taken on the artifact in its runtime, on the same token ids as the teacher
     Metric("kl", "nats/token", "lower", ".4g", "mean KL(reference ‖ artifact) per predicted token, per example "
            "for a classifier of texts, or per token for one of tokens", "accuracy", _DISTRIBUTION),
+    Metric("kl_median", "nats/token", "lower", ".4g", "median of KL(reference ‖ artifact)", "accuracy", _DISTRIBUTION),
     Metric("kl_p99", "nats/token", "lower", ".4g", "99th percentile of KL(reference ‖ artifact)", "accuracy",
+           _DISTRIBUTION),
+    Metric("kl_max", "nats/token", "lower", ".4g", "largest KL(reference ‖ artifact) of a token or example", "accuracy",
            _DISTRIBUTION),
     Metric("top1_agreement", "fraction", "higher", ".1%", "how often artifact and reference choose the same first "
            "token or label", "accuracy", _DISTRIBUTION),
     Metric("top5_agreement", "fraction", "higher", ".1%", "how often the reference's first token is among the "
            "artifact's five best", "accuracy", _GENERATION),
+    Metric("delta_p", "fraction", "higher", "+.3%", "mean change of the probability of the true next token, artifact "
+           "less reference; its percentiles show both tails", "accuracy", _GENERATION),
+    Metric("delta_p_rms", "fraction", "lower", ".3%", "root of the mean square of that change", "accuracy",
+           _GENERATION),
     Metric("perplexity", "perplexity", "lower", ".4g", "exp of the mean negative log-likelihood of the true next "
            "token", "accuracy", _GENERATION),
     Metric("perplexity_ratio", "ratio", "lower", ".4f", "perplexity of the artifact over that of the reference",
            "accuracy", _GENERATION),
+    Metric("target_perplexity", "perplexity", "lower", ".4g", "exp of the mean negative log-likelihood of a whole "
+           "cloze target", "accuracy", _GENERATION),
     Metric("cosine", "cosine", "higher", ".5f", "mean cosine of artifact and reference embeddings (only where both "
            "have the same size)", "accuracy", _EMBEDDING),
     Metric("spearman", "correlation", "higher", ".4f", "Spearman rank correlation of the cosine similarities of all "
            "pairs of sentences, artifact against reference", "accuracy", _EMBEDDING),
     Metric("accuracy", "fraction", "higher", ".1%", "labels found right on held-out examples (embeddings: by a linear "
-           "probe fitted on the artifact's own embeddings)", "accuracy", _LABELLED),
+           "probe fitted on the artifact's own embeddings; text generation: choices by likelihood per byte, or the "
+           "target of a cloze by greedy decoding)", "accuracy", _LABELLED),
+    Metric("accuracy_raw", "fraction", "higher", ".1%", "choices found right by plain likelihood, not divided by their "
+           "length", "accuracy", _GENERATION),
     Metric("accuracy_ratio", "ratio", "higher", ".1%", "accuracy over the teacher's on the same examples", "accuracy",
            _LABELLED),
     Metric("next_token_accuracy", "fraction", "higher", ".1%", "how often the first choice is the true next token",

@@ -1,3 +1,6 @@
+import math
+import statistics
+
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
@@ -11,6 +14,7 @@ from edgestill.bench.fidelity import (
     softmax,
 )
 from edgestill.bench.metrics import METRICS
+from edgestill.bench.records import Summary
 from edgestill.errors import UsageError
 from edgestill.runtimes.session import SessionInfo
 
@@ -34,8 +38,8 @@ def test_generation_metrics_are_what_their_names_say():
     scores = generation_scores(np.random.default_rng(0))
     found = {e.metric: e for e in fidelity("text-generation", scores, documents=np.arange(12))}
     assert set(found) == {
-        "kl", "kl_p99", "top1_agreement", "top5_agreement", "perplexity", "perplexity_ratio", "next_token_accuracy",
-        "ece",
+        "kl", "kl_median", "kl_p99", "kl_max", "top1_agreement", "top5_agreement", "delta_p", "delta_p_rms",
+        "perplexity", "perplexity_ratio", "next_token_accuracy", "ece",
     }  # fmt: skip
     assert found["kl"].summary.value == pytest.approx(scores["kl"].mean())
     assert found["kl_p99"].summary.value == pytest.approx(np.quantile(scores["kl"], 0.99))
@@ -48,7 +52,33 @@ def test_generation_metrics_are_what_their_names_say():
     assert found["perplexity"].summary.value / own.summary.value == pytest.approx(ratio)
     for name, estimate in found.items():
         assert "text-generation" in METRICS[name].tasks
-        assert estimate.summary.low < estimate.summary.value < estimate.summary.high
+        if name == "kl_max":
+            assert estimate.summary == Summary(scores["kl"].max(), "max", 360)
+        else:
+            assert estimate.summary.low < estimate.summary.value < estimate.summary.high
+
+
+def test_change_of_the_true_tokens_probability_by_a_plain_loop():
+    scores = generation_scores(np.random.default_rng(4))
+    found = {e.metric: e.summary for e in fidelity("text-generation", scores, documents=np.arange(12))}
+    changes = sorted(
+        math.exp(a) - math.exp(b) for a, b in zip(scores["logprob"], scores["reference_logprob"], strict=True)
+    )
+    assert found["delta_p"].value == pytest.approx(sum(changes) / 360)
+    assert found["delta_p_rms"].value == pytest.approx(math.sqrt(sum(c * c for c in changes) / 360))
+    assert list(found["delta_p"].percentiles) == "p1 p5 p10 p25 p50 p75 p90 p95 p99".split()
+    for name, value in found["delta_p"].percentiles.items():
+        at = int(name[1:]) / 100 * 359
+        low, part = int(at), at - int(at)
+        assert value == pytest.approx(changes[low] * (1 - part) + changes[min(low + 1, 359)] * part, abs=1e-12)
+    assert found["kl_median"].value == pytest.approx(statistics.median(scores["kl"]))
+
+
+def test_few_tokens_give_no_far_tails():
+    scores = generation_scores(np.random.default_rng(4), windows=4, tokens=5)
+    found = {e.metric: e.summary for e in fidelity("text-generation", scores, documents=np.arange(4))}
+    assert list(found["delta_p"].percentiles) == ["p25", "p50", "p75"]
+    assert "kl_p99" not in found
 
 
 def test_samples_give_the_value_back():
@@ -59,10 +89,8 @@ def test_samples_give_the_value_back():
         elif estimate.summary.statistic == "geometric_mean":
             assert np.exp(np.log(estimate.samples).mean()) == pytest.approx(estimate.summary.value, rel=1e-5)
         else:
-            assert (
-                estimate.protocol["derived_from"]
-                == {"kl_p99": "kl", "ece": "confidence of the first choice"}[estimate.metric]
-            )
+            of = {"ece": "confidence of the first choice", "delta_p_rms": "delta_p"}.get(estimate.metric, "kl")
+            assert estimate.protocol["derived_from"] == of
 
 
 def test_p99_only_where_the_number_of_tokens_supports_it():
@@ -166,7 +194,7 @@ def test_embeddings_and_classes():
     assert found == {"cosine", "spearman"}
     scores = {"kl": rng.exponential(size=20), "top1": np.ones(20, bool), "logits": x}
     found = {e.metric for e in fidelity("text-classification", scores, documents=np.arange(20))}
-    assert found == {"kl", "top1_agreement"}
+    assert found == {"kl", "kl_median", "kl_max", "top1_agreement"}
 
 
 def test_numbers_that_are_not_finite_are_refused():
