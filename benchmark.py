@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .accuracy import AccuracyRequest, measure_accuracy
 from .artifact import ARTIFACT_FILE, open_artifact
 from .bench.compare import Comparison, Decision, compare, decide
 from .bench.environment import describe_environment
@@ -44,7 +45,8 @@ class BenchRequest:
     is one launch, a first look without noise floor; ``normal`` goes on from five launches up to 24 while the noise
     is larger than half of ``resolution``; ``thorough`` adds percentiles, decode speed by depth and a minute of work in
     one go. ``launches``, ``depths`` and ``sustained_seconds`` replace what the effort says. ``max_slowdown``: decide
-    whether a subject is slower than the first one by more than this fraction.
+    whether a subject is slower than the first one by more than this fraction. ``accuracy``: also how right they are, on
+    this machine (:mod:`edgestill.accuracy`); ``speed=False``: only that.
     """
 
     subjects: tuple[Path, ...]
@@ -58,6 +60,8 @@ class BenchRequest:
     sustained_seconds: float | None = None
     resolution: float = 0.05
     max_slowdown: float | None = None
+    accuracy: AccuracyRequest | None = None
+    speed: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,13 @@ def bench_subjects(request: BenchRequest, observer: Observer) -> BenchResult:
     if not names or len(set(names)) != len(names):
         raise UsageError("no target, or one twice", hint="--target host,qemu:cortex-a76")
     subjects, task, longest = _subjects(request)
+    if request.accuracy is None and not request.speed:
+        raise UsageError("nothing to measure", hint="--against TEACHER or --tasks FILE.jsonl, or without --no-speed")
+    right: list[Measurement] = []
+    if request.accuracy is not None:
+        right = measure_accuracy(subjects, request.accuracy, observer)
+    if not request.speed:
+        return BenchResult(tuple(right), ())
     config = bench_config(request)
     room = request.new_tokens if task == "text-generation" else 0
     length = min(longest) if min(longest) == request.length else max(1, min(longest) - room)
@@ -121,7 +132,7 @@ def bench_subjects(request: BenchRequest, observer: Observer) -> BenchResult:
         code = 1 if "fail" in outcomes else 3 if "inconclusive" in outcomes or problems or not decisions else 0
     else:
         code = 0
-    return BenchResult(tuple(rows), tuple(found), tuple(decisions), problems, code)
+    return BenchResult((*rows, *right), tuple(found), tuple(decisions), problems, code)
 
 
 def _on_target(

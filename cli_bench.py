@@ -58,11 +58,21 @@ def bench(
         float | None,
         typer.Option(min=0, help="Exit 1 if a subject is slower than the first by more (0.05), 3 if noise hides it."),
     ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="A teacher: how near to it (KL, agreement, Δp, Spearman …), on the artifact.")
+    ] = None,
+    student: Annotated[Path | None, typer.Option(help="The float student, to compare with as well.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to compare on (jsonl, csv, parquet, txt).")] = None,
+    tasks: Annotated[
+        list[Path], typer.Option(help="A JSON-lines file of multiple choice or cloze; may be given again.")
+    ] = [],  # noqa: B006 - typer copies it
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens that accuracy is taken on (text generation).")] = 2048,
+    speed: Annotated[bool, typer.Option(help="Whether to measure speed, memory and size.")] = True,
     as_json: Json = False,
 ) -> int:
     """Measure speed, memory, energy and size, interleaved, each in fresh processes. The first subject is the baseline.
 
-    The word `run` may be left out.
+    With --against or --tasks also accuracy, on the artifact in its runtime. The word `run` may be left out.
     """
 
     def work(observer: Observer) -> Any:
@@ -71,10 +81,15 @@ def bench(
 
         if quick and thorough:
             raise UsageError("--quick and --thorough", hint="one of them")
+        accuracy = None
+        if against or student or text or tasks:
+            from .accuracy import AccuracyRequest
+
+            accuracy = AccuracyRequest(against, student, text, tuple(tasks), threads, tokens)
         effort: Effort = "quick" if quick else "thorough" if thorough else "normal"
         request = BenchRequest(
             tuple(subjects), listed(target), threads, length, new_tokens, effort, launches, tuple(depths) or None,
-            sustained, resolution, max_slowdown,
+            sustained, resolution, max_slowdown, accuracy, speed,
         )  # fmt: skip
         return bench_subjects(request, observer)
 

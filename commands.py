@@ -28,6 +28,8 @@ __all__ = [
     "VerifyResult",
     "export_verified",
     "fetch_all",
+    "judged_texts",
+    "model_folder",
     "text_config",
     "verify_artifact",
 ]
@@ -155,12 +157,12 @@ def verify_artifact(request: VerifyRequest, observer: Observer) -> VerifyResult:
 
     payload = find_payload(request.artifact)
     artifact = None if payload else open_artifact(request.artifact, check=False)
-    name, texts = _texts(request.text)
+    name, texts = judged_texts(request.text)
     with tempfile.TemporaryDirectory(prefix="edgestill-") as scratch:
         work = Path(scratch)
         observer.started("verify", f"verify {request.artifact.name}")
-        student = _model(request.against, work / "student", observer)
-        teacher = _model(request.teacher, work / "teacher", observer) if request.teacher else None
+        student = model_folder(request.against, work / "student", observer)
+        teacher = model_folder(request.teacher, work / "teacher", observer) if request.teacher else None
         if artifact is None:
             assert payload is not None
             artifact = wrap_foreign(payload, student, work / payload.stem)
@@ -184,13 +186,14 @@ def verify_artifact(request: VerifyRequest, observer: Observer) -> VerifyResult:
     return VerifyResult(verdict, 0 if verdict.passed else 1)
 
 
-def _texts(path: Path | None) -> tuple[str, tuple[str, ...]]:
-    """The name and the examples of a text given on the command line, or the sample that is built in."""
+def judged_texts(path: Path | None, *, most: int = _EXAMPLES) -> tuple[str, tuple[str, ...]]:
+    """The name and (``most``, or as many as there are) examples of a text given on the command line, or the sample
+    that is built in."""
     from .data import load_data
 
     if path is None:
         return "sample", SAMPLE_TEXT
-    config = _fitting(path)
+    config = _fitting(path, most=most)
     return config.name, load_data(DataConfig(text=(config,)), base=Path.cwd()).text[0].test
 
 
@@ -199,11 +202,11 @@ def _splits(to: tuple[str, ...]) -> tuple[Split, ...]:
     return ("test", "calibration", "dev") if any("@" in one for one in to) else ("test",)
 
 
-def _fitting(path: Path, splits: tuple[Split, ...] = ("test",)) -> TextConfig:
-    """``_EXAMPLES`` of a text given on the command line, or as many as it has: a short file is better than none."""
+def _fitting(path: Path, splits: tuple[Split, ...] = ("test",), *, most: int = _EXAMPLES) -> TextConfig:
+    """``most`` of a text given on the command line, or as many as it has: a short file is better than none."""
     from .data import load_data
 
-    counts = (_EXAMPLES, 32, 16, 8, 4, 2, 1)
+    counts = [most >> step for step in range(most.bit_length())]  # halves of it, down to one
     for count in counts:
         config = text_config(path, **dict.fromkeys(splits, count))
         try:
@@ -216,7 +219,7 @@ def _fitting(path: Path, splits: tuple[Split, ...] = ("test",)) -> TextConfig:
     raise AssertionError
 
 
-def _model(source: Path, out: Path, observer: Observer) -> ModelFolder:
+def model_folder(source: Path, out: Path, observer: Observer) -> ModelFolder:
     """``source`` as a model folder: itself, or prepared in ``out``."""
     from .checkpoints import FACTS_FILE, open_model, prepare_model
 

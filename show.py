@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .bench.accuracy_table import accuracy_tables
 from .bench.metrics import METRICS
 from .bench.records import Measurement, Verdict
 from .bench_import import ImportResult
@@ -154,6 +155,14 @@ def _bench(result: BenchResult) -> None:
         show_instructions(emulated)
         measured = tuple(row for row in result.measurements if row.source != "emulated")
         result = dataclasses.replace(result, measurements=measured)
+    right = [row for row in result.measurements if METRICS[row.metric].kind == "accuracy"]
+    if right:
+        for table in accuracy_tables(right):
+            print_table(table.title, table.header, table.rows)
+            for reason in table.reasons:
+                stderr.print(f"— {reason}", style="dim", markup=False, soft_wrap=True)
+        rest = tuple(row for row in result.measurements if METRICS[row.metric].kind != "accuracy")
+        result = dataclasses.replace(result, measurements=rest)
     names = list(dict.fromkeys(row.subject for row in result.measurements))
     targets = list(dict.fromkeys(row.target for row in result.measurements))
     sizes = [row for row in result.measurements if row.metric == "model_bytes"]

@@ -18,16 +18,15 @@ import numpy.typing as npt
 
 from ..errors import BadInput
 from ..files import read_json
+from .likelihood import FORWARD_VALUES as _FORWARD_VALUES
+from .likelihood import REDUCE_VALUES as _REDUCE_VALUES
+from .likelihood import log_softmax, map_array, score_likelihood
 from .session import Session, SessionInfo, check_batch
 
 __all__ = ["Reference", "kl_divergence", "log_softmax", "open_reference", "score"]
 
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-
-# Bounds on what is held at once: logits of one forward pass (float32), rows reduced together (float64).
-_FORWARD_VALUES = 1 << 26
-_REDUCE_VALUES = 1 << 21
 
 _SAID = {
     "text-generation": ("logits.npy", 3),
@@ -54,7 +53,7 @@ def open_reference(folder: Path) -> Reference:
     if task not in _SAID:
         raise BadInput(f"{folder}/reference.json: unknown task {task!r}", hint=f"known: {', '.join(_SAID)}")
     name, dimensions = _SAID[task]
-    ids, mask, said = (_map(folder / file) for file in ("ids.npy", "mask.npy", name))
+    ids, mask, said = (map_array(folder / file) for file in ("ids.npy", "mask.npy", name))
     shapes = f"ids {ids.shape}, mask {mask.shape}, {name} {said.shape}"
     if ids.ndim != 2 or mask.shape != ids.shape or said.ndim != dimensions or len(said) != len(ids):
         raise BadInput(f"{folder}: shapes don't fit together: {shapes}", hint="make the reference again")
@@ -76,11 +75,16 @@ def score(session: Session, reference: Path, *, batch_size: int = 8) -> dict[str
     token-classification, one entry a real token, rows in order: ``kl``, ``top1``, ``logits [n, C]``, ``window``.
     feature-extraction: ``cosine`` to the reference and ``embeddings [N, D]``.
 
+    A folder that asks for likelihoods instead is answered by :func:`edgestill.runtimes.likelihood.score_likelihood`.
+
     A session that says NaN gets NaN for ``kl``, ``logprob`` and ``confidence`` and no agreement. Raises
     :class:`BadInput` when session and reference don't fit.
     """
     if batch_size < 1:
         raise BadInput(f"batch size {batch_size}", hint="at least 1")
+    described = read_json(reference / "reference.json")
+    if isinstance(described, dict) and described.get("likelihood"):
+        return score_likelihood(session, reference, batch_size=batch_size)
     opened = open_reference(reference)
     info = session.info()
     if info.task != opened.task:
@@ -168,14 +172,6 @@ def _reduce(
     return parts
 
 
-def log_softmax(logits: npt.NDArray[np.float32]) -> Doubles:
-    """Log-probabilities over the last axis, in float64."""
-    values = np.asarray(logits, np.float64)
-    top = values.max(axis=-1, keepdims=True)
-    shifted = values - np.where(np.isfinite(top), top, 0)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
 def kl_divergence(reference: npt.NDArray[np.float32], logits: npt.NDArray[np.float32]) -> Doubles:
     """KL(softmax(reference) ‖ softmax(logits)) over the last axis, in nats, float64."""
     return _kl(log_softmax(reference), log_softmax(logits))
@@ -221,12 +217,3 @@ def _batches(reference: Reference, size: int, info: SessionInfo) -> Iterator[tup
 def _same_width(got: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if got != wanted:
         raise BadInput(f"the model gives {list(got)}, the reference has {list(wanted)}", hint="compare like with like")
-
-
-def _map(path: Path) -> npt.NDArray[Any]:
-    try:
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)).view()
-    except FileNotFoundError:
-        raise BadInput(f"{path} does not exist", hint="make the reference again") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise BadInput(f"{path} is not a numpy array: {error}", hint="make the reference again") from None

@@ -23,8 +23,8 @@ SKIP = {"tests", "build", "dist", "runs", ".venv", ".src", ".git", ".ci"}
 FLOORS = {
     "cli": 6, "cli_output": 6, "cli_bench": 6, "cli_devices": 6,
     "show": 6, "show_devices": 6, "show_emulated": 6, "terminal": 6, "__main__": 6, "schemas": 6,
-    "pipeline": 5, "stages": 5, "commands": 5, "benchmark": 5, "bench_import": 5, "devices": 5, "runner_build": 5,
-    "plan": 5, "init": 5,
+    "pipeline": 5, "stages": 5, "commands": 5, "benchmark": 5, "accuracy": 5, "bench_import": 5, "devices": 5,
+    "runner_build": 5, "plan": 5, "init": 5,
     "emulation": 5, "parity": 5,
     "doctor": 5, "delivery": 5, "judging": 5,
     "company": 5, "apps": 5, "loss_comparison": 5, "distillation": 5,
@@ -43,8 +43,8 @@ FLOORS = {
     "progress": 0, "": 0,
 }  # fmt: skip
 DEVICE_SIDE = (
-    "session", "worker", "protocol", "scoring", "memory", "timing", "ort_session", "llamacpp", "coreml_session", "mil",
-    "machine", "sensors",
+    "session", "worker", "protocol", "scoring", "likelihood", "memory", "timing", "ort_session", "llamacpp",
+    "coreml_session", "mil", "machine", "sensors",
 )  # fmt: skip
 NEVER_ON_A_DEVICE = {"torch", "transformers", "pydantic", "rich", "typer", "scipy", "onnx", "gguf", "safetensors"}
 
