@@ -244,6 +244,16 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder, e.g. runs/
     print(rebuild_report(folder))
 
 
+@app.command(
+    "lm-eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def lm_eval(context: typer.Context) -> None:
+    """lm-evaluation-harness with artifacts as models: lm-eval --model_args artifact=PATH --tasks …"""
+    from .bench.lm_eval_bridge import run_lm_eval
+
+    run_lm_eval(context.args)
+
+
 @app.command()
 def doctor(
     deep: Annotated[bool, typer.Option("--deep", help="Also import every runtime (seconds).")] = False,
