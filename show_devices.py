@@ -105,7 +105,13 @@ def _cell(row: Measurement | None) -> str:
 def show_imported(result: ImportResult) -> None:
     """What was read from other tools' files, a row a measurement."""
     rows = [
-        (row.subject, row.device, row.metric, METRICS[row.metric].show(row.summary.value), f"n = {row.summary.n}")
+        (
+            row.subject,
+            row.device,
+            f"{row.metric}{f' after {d}' if (d := row.protocol.get('depth')) else ''}",
+            METRICS[row.metric].show(row.summary.value),
+            f"n = {row.summary.n}",
+        )
         for row in result.measurements
         if row.summary is not None
     ]

@@ -22,7 +22,8 @@ def is_ours(document: Any) -> bool:
 
 
 def rows(document: Any, origin: Origin) -> list[Measurement]:
-    """Prefill and decode speed of each test. A test that mixes both (``-pg``) has no metric of ours."""
+    """Prefill and decode speed of each test, decoding also at a depth (``-d``). A test that mixes both (``-pg``) and a
+    prompt at a depth have no metric of ours."""
     found: list[Measurement] = []
     sizes: set[str] = set()
     for test in document if isinstance(document, list) else [document]:
@@ -31,9 +32,9 @@ def rows(document: Any, origin: Origin) -> list[Measurement]:
         if row.subject not in sizes and test.get("model_size"):
             sizes.add(row.subject)
             found.append(row("model_bytes", [float(_count(test["model_size"], "model_size"))], "exact"))
-        if bool(prompt) == bool(generated):
+        if bool(prompt) == bool(generated) or (prompt and depth):
             continue
-        metric = "prefill_tokens_per_s" if prompt else "decode_tokens_per_s"
+        metric = "prefill_tokens_per_s" if prompt else f"decode{'_at_depth' if depth else ''}_tokens_per_s"
         found.append(row(metric, numbers(test["samples_ts"], what="samples_ts")))
     return found if any(m.metric != "model_bytes" for m in found) else []
 
@@ -53,7 +54,7 @@ def _row(test: dict[str, Any], origin: Origin, prompt: int, generated: int, dept
             "flash_attn": test.get("flash_attn"), "model_type": _text(test, "model_type"),
             "test_time": _text(test, "test_time"), "repetitions": "of one process",
         },
-        context=prompt + generated + depth, kv_dtype=_text(test, "type_k") or None,
+        context=depth or prompt + generated, kv_dtype=_text(test, "type_k") or None,
     )  # fmt: skip
 
 

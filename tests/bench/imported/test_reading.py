@@ -1,17 +1,22 @@
 """Result files of other tools. They are written by hand here, field by field after the tools' own writers: see
-docs/prediction.md for what was tried on files that a tool wrote."""
+docs/prediction.md for what was tried on files that a tool wrote. One slow test runs llama-bench itself."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgestill.bench.imported.reading import KNOWN, read_results
+from edgestill.bench.predict_work import work_of
 from edgestill.bench.records import Measurement
 from edgestill.errors import BadInput, UsageError
+from edgestill.export import export
+from edgestill.fetch import cache_folder
+from edgestill.recipe import ExportConfig
 
 
 def bench_test(prompt: int, generated: int, speeds: list[float], **more: Any) -> dict[str, Any]:
@@ -64,6 +69,30 @@ def test_llama_bench_on_a_gpu_names_the_gpu(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not say which device"):
         read_results(write(tmp_path / "r.json", document))
     assert read_results(tmp_path / "r.json", device="Pixel 9")[0].device == "Pixel 9"
+
+
+def test_llama_bench_at_a_depth(tmp_path: Path) -> None:
+    tests = [bench_test(0, 8, [9.0], n_depth=512), bench_test(64, 0, [90.0], n_depth=512), bench_test(0, 8, [11.0])]
+    rows = read_results(write(tmp_path / "r.json", tests))
+    deep = one(rows, "decode_at_depth_tokens_per_s")
+    assert (deep.samples, deep.context, deep.protocol["depth"]) == (((9.0,),), 512, 512)
+    assert {row.metric for row in rows} == {"model_bytes", "decode_tokens_per_s", "decode_at_depth_tokens_per_s"}
+
+
+@pytest.mark.slow
+def test_what_llama_bench_itself_writes(tmp_path: Path, tiny_llama: Path) -> None:
+    """Needs the peer's llama-bench: ``python -m tests.peers llama_bench_ratio`` builds it."""
+    tool = cache_folder() / "peers" / "llama-cpp-tools" / "build" / "bin" / "llama-bench"
+    if not tool.is_file():
+        pytest.skip("llama-bench is not built")
+    artifact = export(tiny_llama, tmp_path / "art", ExportConfig(to="gguf:q8_0"))
+    for form in ("json", "jsonl"):
+        command = [tool, "-m", artifact.entry, "-t", "1", "-p", "8", "-n", "4", "-r", "3", "-d", "0,16", "-o", form]
+        out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+        rows = read_results(write(tmp_path / f"r.{form}", out), subject="q8_0")
+        assert len(one(rows, "decode_tokens_per_s").samples[0]) == 3
+        assert one(rows, "decode_at_depth_tokens_per_s").context == 16
+        assert one(rows, "model_bytes").samples[0][0] == work_of(artifact).weight_bytes
 
 
 def test_onnxruntime_perf_test_with_two_runs_and_statistics(tmp_path: Path) -> None:
