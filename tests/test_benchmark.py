@@ -70,3 +70,35 @@ def test_unknown_targets_and_one_twice_are_refused_before_anything_runs() -> Non
     for target in (("hist",), ("host", "host"), ()):
         with pytest.raises(UsageError):
             bench_subjects(BenchRequest((Path("nowhere"),), target), Observer())
+
+
+@pytest.mark.slow
+def test_a_decoder_in_real_processes_by_depth_and_for_long(tiny_llama: Path, tmp_path: Path) -> None:
+    """Two copies of one artifact side by side: every row is there, with samples that belong together."""
+    from edgestill.export import export
+
+    folders = tuple(tmp_path / name for name in ("a", "b"))
+    for folder in folders:
+        export(tiny_llama, folder, ExportConfig(to="onnx:fp32"))
+    request = BenchRequest(
+        folders, threads=1, length=8, new_tokens=4, launches=2, depths=(0, 16, 100_000), sustained_seconds=1.0,
+        max_slowdown=0.5,
+    )  # fmt: skip
+    result = bench_subjects(request, Observer())
+    rows = {(row.subject, row.metric, row.context): row for row in result.measurements}
+    depth = "decode_at_depth_tokens_per_s"
+    assert rows["a", depth, 0].summary is not None
+    assert rows["a", depth, 16].summary is not None
+    assert "takes at most" in str(rows["a", depth, 100_000].reason)
+    assert rows["a", "sustained_speed_ratio", 8].summary is not None
+    sustained = rows["b", "sustained_latency_ms", 8].samples[0]
+    assert 0.9 < sum(sustained) / 1e3 < 3
+    tokens, speeds = rows["a", "token_latency_ms", 8], rows["a", "decode_tokens_per_s", 8]
+    for times, rates in zip(tokens.samples, speeds.samples, strict=True):
+        assert len(times) == 3 * len(rates)  # 4 new tokens, the first belongs to the prompt
+        assert 3e3 / sum(times[:3]) == pytest.approx(rates[0])
+    assert "side by side" in speeds.protocol["order"]
+    assert set(speeds.protocol["noise_floors"]) >= {"latency_ms", "decode_tokens_per_s"}
+    assert {c.metric for c in result.comparisons if c.subject == "b"} >= {"latency_ms", "decode_tokens_per_s"}
+    assert [d.metric for d in result.decisions] == ["decode_tokens_per_s"]
+    assert result.exit_code in (0, 1, 3)
