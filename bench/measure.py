@@ -1,8 +1,8 @@
 """Take speed, memory and size of artifacts and model folders, each in fresh worker processes.
 
 Accuracy is taken elsewhere (:mod:`edgestill.bench.fidelity`), in launches of its own. A worker that dies costs its
-subject the numbers, with the reason; the others go on. :mod:`.plan` says what is launched when, :mod:`.taking` what is
-taken in a launch, :mod:`.rows` makes measurements of it.
+subject the numbers, with the reason; the others go on. :mod:`.plan` says what is launched when, :mod:`.taking` and
+:mod:`.alone` what is taken in a launch, :mod:`.rows` makes measurements of it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from ..errors import BadInput
 from ..files import hash_tree, list_files
 from ..progress import Progress, silent
 from ..recipe import BenchConfig
+from .alone import take_alone
 from .environment import describe_environment
 from .plan import Kind, Launch, plan_launches
 from .records import Measurement
 from .rows import Place, exact_row, protocol_of, rows_of, settled
-from .taking import WARMUP, Ints, OpenWorker, Record, Subject, Work, Worker, take_alone, take_round
+from .taking import WARMUP, Ints, OpenWorker, Record, Subject, Work, Worker, take_round
 
 __all__ = ["WARMUP", "OpenWorker", "Place", "Subject", "Worker", "measure_size", "measure_speed", "timed_input"]
 
