@@ -147,6 +147,8 @@ def _on_target(
     if name.scheme == "qemu":
         return _counted(str(name), subjects, ids, task, config.launches == 1, observer)
     with open_target(text) as target:
+        if hasattr(target, "ask"):  # a target that waits for somebody
+            target.ask = observer.asks
         facts = target.facts()
         place = Place(dict(facts) if facts is not None else describe_environment(), target.name, target.source)
         return measure_speed(

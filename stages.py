@@ -48,6 +48,9 @@ class Observer:
     def advanced(self, message: str, fraction: float | None = None) -> None:
         """The current stage is at ``fraction`` (0-1, or unknown); this is the ``progress`` of the rooms below."""
 
+    def asks(self, message: str) -> None:
+        """Somebody has to do something (open an address on a phone) before the current stage goes on."""
+
     def finished(self, name: str, seconds: float, note: str) -> None:
         """A stage ended well; ``note`` is its result in a few words."""
 

@@ -49,6 +49,10 @@ class TerminalObserver(Observer):
         else:
             self._bar.update(self._task, total=1.0, completed=min(max(fraction, 0.0), 1.0), note=note)
 
+    def asks(self, message: str) -> None:
+        """Say it in full, on a line that stays and can be copied."""
+        self.console.print(f" [bold]?[/]  {_escape(message)}", soft_wrap=True)
+
     def finished(self, name: str, seconds: float, note: str) -> None:
         """Close it with the result."""
         self.close()

@@ -53,9 +53,10 @@ def describe_environment(*, root: Path = Path("/"), versions: Mapping[str, str] 
 
 
 def device_label(environment: Mapping[str, Any]) -> str:
-    """One line for a human: ``"Intel(R) Xeon(R) … (Linux x86_64, 2 cores)"``."""
+    """One line for a human: ``"Intel(R) Xeon(R) … (Linux x86_64, 2 cores)"``, with the browser where one ran it."""
     cpu = environment.get("cpu") or "unknown processor"
-    return f"{cpu} ({environment['system']} {environment['machine']}, {environment['cores_usable']} cores)"
+    label = f"{cpu} ({environment['system']} {environment['machine']}, {environment['cores_usable']} cores)"
+    return f"{label}, {environment['browser']}" if environment.get("browser") else label
 
 
 class LoadProbe:

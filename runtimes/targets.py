@@ -81,6 +81,12 @@ SCHEMES: Mapping[str, Scheme] = {
     "adb": Scheme("adb:SERIAL", "measured", "an Android phone, with the native runner", "adb:AdbTarget"),
     "profile": Scheme("profile:NAME", "predicted", "a documented device, by calculation"),
     "qemu": Scheme("qemu:CORE", "emulated", "an emulated core: outputs, instruction counts", "qemu:QemuTarget"),
+    "web": Scheme(
+        "web[:HOST:PORT]",
+        "measured",
+        "headless Chromium here, or any browser that opens the page",
+        "web.target:WebTarget",
+    ),
 }
 
 

@@ -178,7 +178,7 @@ def test_wheel_holds_the_whole_tree(tmp_path: Path) -> None:
     [wheel] = (tmp_path / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         inside = {n.removeprefix("edgestill/") for n in archive.namelist() if n.startswith("edgestill/")}
-    shipped = (".py", ".toml", ".json", ".csv", ".jinja", ".css", ".c", ".cpp", ".h", "py.typed")
+    shipped = (".py", ".toml", ".json", ".csv", ".jinja", ".css", ".c", ".cpp", ".h", ".mjs", ".html", "py.typed")
     outside = {"tests", ".ci", "docs", ".src"}
     expected = {n for n in tracked if n.endswith(shipped) and n.split("/")[0] not in outside and n != "pyproject.toml"}
     assert inside == expected

@@ -6,8 +6,9 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +56,26 @@ def native_command() -> Callable[[str], list[str]]:
         return [emulator, "-cpu", core, str(runner)]
 
     return command
+
+
+@pytest.fixture(scope="session")
+def browser_page() -> Iterator[Any]:
+    """The target ``web:…`` with its page open in a real headless Chromium, one for all slow tests; skipped where there
+    is no browser or no npm."""
+    from edgestill.errors import EdgestillError
+    from edgestill.runtimes.transports.web.browser import Browser, find_browser
+    from edgestill.runtimes.transports.web.target import WebTarget
+
+    try:
+        executable = find_browser()
+        target = WebTarget("127.0.0.1:0", timeout=300)
+        address = target.address
+    except EdgestillError as error:
+        pytest.skip(f"no browser to test with: {error}")
+    browser = Browser(executable, address or "")
+    yield target
+    browser.close()
+    target.close()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from edgestill.runtimes.scoring import score
 from edgestill.runtimes.sensors import FIELDS
 from edgestill.runtimes.session import SessionInfo, SessionOptions
 from edgestill.runtimes.torch_session import TorchSession
+from edgestill.runtimes.transports.client import WorkerClient
 from edgestill.runtimes.transports.local import LocalWorker
 
 OPTIONS = SessionOptions(threads=1)
@@ -40,6 +42,7 @@ class Runtime:
     tolerance: float
     backend: str
     latency: bool = True
+    memory: bool = True
     extra: Mapping[str, Any] = field(default_factory=dict)
     native: str = ""
 
@@ -54,9 +57,11 @@ RUNTIMES = (
             native="host"),
     Runtime("native-a76", "gguf:f32", ("feature-extraction", "text-generation"), 1e-4, "cpu", extra={"kv": "f32"},
             native="cortex-a76"),
+    Runtime("onnxruntime-web", "onnx:fp32", tuple(TASKS), 1e-4, "wasm", memory=False),
 )  # fmt: skip
 # The encoder's code with another head: ten seconds more for little.
 SLOW = {("coreml", "text-classification"), ("torch", "text-classification")}
+SLOW |= {("onnxruntime-web", task) for task in TASKS}  # a browser's start
 CASES = [
     pytest.param(
         (runtime, task),
@@ -75,7 +80,7 @@ class Opened:
     runtime: Runtime
     task: str
     folder: Path
-    worker: LocalWorker
+    worker: WorkerClient
     torch: TorchSession
     command: list[str] | None
 
@@ -98,9 +103,18 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
         folder = tmp_path_factory.mktemp("artifacts") / runtime.to.replace(":", "-")
         export(model, folder, ExportConfig(to=runtime.to))
-    options = SessionOptions(threads=1, extra=runtime.extra)
-    with LocalWorker(folder, options, timeout=120, command=command) as worker:
+    with start(request, runtime, folder, command) as worker:
         yield Opened(runtime, task, folder, worker, TorchSession(model, OPTIONS), command)
+
+
+def start(
+    request: pytest.FixtureRequest, runtime: Runtime, folder: Path, command: list[str] | None
+) -> AbstractContextManager[WorkerClient]:
+    """A worker that opens ``folder``, where the runtime runs."""
+    options = SessionOptions(threads=1, extra=runtime.extra)
+    if runtime.backend == "wasm":
+        return request.getfixturevalue("browser_page").open_worker(folder, options)
+    return LocalWorker(folder, options, timeout=120, command=command)
 
 
 @pytest.fixture
@@ -282,9 +296,13 @@ def test_timings_and_memory_are_taken_on_the_worker(opened):
             assert len(sample["tokens_s"]) == 2
             assert sample["first_s"] > 0
     told = opened.worker.memory()
+    assert opened.worker.load_seconds > 0
+    if not opened.runtime.memory:
+        assert told["peak_rss"] is told["peak_anonymous"] is told["baseline_anonymous"] is None
+        assert told["reason"]
+        return
     assert told["peak_rss"] > told["peak_anonymous"] >= told["load_anonymous"] > 0
     assert told["baseline_anonymous"] > 0
-    assert opened.worker.load_seconds > 0
 
 
 def test_the_machine_and_its_sensors_are_told_where_the_worker_lists_them(opened):
@@ -305,7 +323,7 @@ def test_the_machine_and_its_sensors_are_told_where_the_worker_lists_them(opened
         assert all(again["energy_j"][name] is not None for name in sensors["energy_j"] or ())
 
 
-def test_an_artifact_says_what_it_is_and_is_checked(exported, tmp_path):
+def test_an_artifact_says_what_it_is_and_is_checked(exported, tmp_path, request):
     import shutil
 
     artifact = open_artifact(exported.folder)
@@ -328,7 +346,7 @@ def test_an_artifact_says_what_it_is_and_is_checked(exported, tmp_path):
     data[len(data) // 2] ^= 1
     (broken / largest.path).write_bytes(data)
     with pytest.raises(BadInput, match="does not match its sha256"):
-        LocalWorker(broken, OPTIONS, command=exported.command)
+        start(request, exported.runtime, broken, exported.command)
 
 
 def test_the_weights_come_back_out_of_the_payload(exported):
