@@ -68,6 +68,13 @@ def bench(
     ] = [],  # noqa: B006 - typer copies it
     tokens: Annotated[int, typer.Option(min=2, help="Tokens that accuracy is taken on (text generation).")] = 2048,
     speed: Annotated[bool, typer.Option(help="Whether to measure speed, memory and size.")] = True,
+    out: Annotated[
+        list[Path],
+        typer.Option(help="Also write x.jsonl, .csv, .md, .sqlite (appended), .junit.xml or .llama-bench.json."),
+    ] = [],  # noqa: B006 - typer copies it
+    form: Annotated[
+        str | None, typer.Option("--format", help="The format of --out, where its name does not say it.")
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Measure speed, memory, energy and size, interleaved, each in fresh processes. The first subject is the baseline.
@@ -77,8 +84,11 @@ def bench(
 
     def work(observer: Observer) -> Any:
         from .benchmark import BenchRequest, Effort, bench_subjects
+        from .bench.formats.output import check_output, write_results
         from .errors import UsageError
 
+        for path in out:
+            check_output(path, form)  # before minutes are spent
         if quick and thorough:
             raise UsageError("--quick and --thorough", hint="one of them")
         accuracy = None
@@ -91,7 +101,10 @@ def bench(
             tuple(subjects), listed(target), threads, length, new_tokens, effort, launches, tuple(depths) or None,
             sustained, resolution, max_slowdown, accuracy, speed,
         )  # fmt: skip
-        return bench_subjects(request, observer)
+        measured = bench_subjects(request, observer)
+        for path in out:
+            write_results(measured, path, form)
+        return measured
 
     result = with_progress(work)
     emit(result, as_json)
