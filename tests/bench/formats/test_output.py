@@ -275,3 +275,27 @@ def test_the_name_says_the_format_before_anything_is_measured(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="can't be written"):
         check_output(tmp_path / "file" / "r.csv")
+
+
+def test_llama_bench_is_what_the_real_one_prints(results):
+    """Against our record of its output, whose integers are rounded on the way (-p 8 -n 4 -r 2 -t 1 on a tiny model): fields, order and types; its averages
+    are those of its samples by our formulas."""
+    import statistics
+
+    real = json.loads((Path(__file__).parent / "llama_bench_output.json").read_text(encoding="utf-8"))
+    ours = json.loads(to_llama_bench(results))
+    for theirs, mine in zip(real, ours, strict=True):
+        assert tuple(theirs) == tuple(mine)
+        for name, value in mine.items():
+            kinds = (int, float) if isinstance(theirs[name], float) else type(theirs[name])
+            assert value is None or isinstance(value, kinds) or name == "test_time", name
+        assert theirs["avg_ts"] == pytest.approx(statistics.fmean(theirs["samples_ts"]), rel=1e-4)
+        assert theirs["stddev_ns"] == pytest.approx(statistics.stdev(theirs["samples_ns"]), rel=1e-3)
+    assert [(test["n_prompt"], test["n_gen"]) for test in real] == [(8, 0), (0, 4)]
+
+
+def test_what_was_written_can_be_imported_again(results, tmp_path):
+    """The reader of `edgestill bench import` takes our file for llama-bench's."""
+    from edgestill.bench.imported.llama_bench import is_ours
+
+    assert is_ours(json.loads(to_llama_bench(results)))
