@@ -83,8 +83,8 @@ def bench(
     """
 
     def work(observer: Observer) -> Any:
-        from .benchmark import BenchRequest, Effort, bench_subjects
         from .bench.formats.output import check_output, write_results
+        from .benchmark import BenchRequest, Effort, bench_subjects
         from .errors import UsageError
 
         for path in out:

@@ -278,8 +278,9 @@ def test_the_name_says_the_format_before_anything_is_measured(tmp_path):
 
 
 def test_llama_bench_is_what_the_real_one_prints(results):
-    """Against our record of its output, whose integers are rounded on the way (-p 8 -n 4 -r 2 -t 1 on a tiny model): fields, order and types; its averages
-    are those of its samples by our formulas."""
+    """Against our record of its output (-p 8 -n 4 -r 2 -t 1 on a tiny model): fields, order and types. Its averages
+    are those of its samples by our formulas, but for integers that it rounds on the way.
+    """
     import statistics
 
     real = json.loads((Path(__file__).parent / "llama_bench_output.json").read_text(encoding="utf-8"))
