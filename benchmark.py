@@ -13,6 +13,7 @@ from .artifact import ARTIFACT_FILE, open_artifact
 from .bench.compare import Comparison, Decision, compare, decide
 from .bench.environment import describe_environment
 from .bench.predicted import predicted_rows
+from .bench.profile import Profiled
 from .bench.records import Measurement
 from .bench.sample_text import SAMPLE_TEXT
 from .errors import BadInput, EdgestillError, UsageError
@@ -47,6 +48,8 @@ class BenchRequest:
     one go. ``launches``, ``depths`` and ``sustained_seconds`` replace what the effort says. ``max_slowdown``: decide
     whether a subject is slower than the first one by more than this fraction. ``accuracy``: also how right they are, on
     this machine (:mod:`edgestill.accuracy`); ``speed=False``: only that.
+    whether a subject is slower than the first one by more than this fraction. ``profile``: also say where the time
+    goes, in launches of their own (on ``profile_page`` as an HTML page, too).
     """
 
     subjects: tuple[Path, ...]
@@ -62,11 +65,14 @@ class BenchRequest:
     max_slowdown: float | None = None
     accuracy: AccuracyRequest | None = None
     speed: bool = True
+    profile: bool = False
+    profile_page: Path | None = None
 
 
 @dataclass(frozen=True)
 class BenchResult:
     """What was measured, and each subject against the first on each target. ``problems``: targets that failed.
+    ``profiles``: time by operator, where it was asked for; never a speed.
 
     ``exit_code``: 1 when a subject is too slow, 3 when the noise hides whether it is, 0 otherwise.
     """
@@ -76,6 +82,7 @@ class BenchResult:
     decisions: tuple[Decision, ...] = ()
     problems: Mapping[str, str] = dataclasses.field(default_factory=dict)
     exit_code: int = 0
+    profiles: tuple[Profiled, ...] = ()
     schema_version: int = 1
 
 
@@ -105,6 +112,8 @@ def bench_subjects(request: BenchRequest, observer: Observer) -> BenchResult:
     subjects, task, longest = _subjects(request)
     if request.accuracy is None and not request.speed:
         raise UsageError("nothing to measure", hint="--against TEACHER or --tasks FILE.jsonl, or without --no-speed")
+    if not request.speed and (request.profile or request.profile_page):
+        raise UsageError("--profile and --no-speed", hint="leave one of them out")
     right: list[Measurement] = []
     if request.accuracy is not None:
         right = measure_accuracy(subjects, request.accuracy, observer)
@@ -124,6 +133,14 @@ def bench_subjects(request: BenchRequest, observer: Observer) -> BenchResult:
             if len(request.target) == 1:
                 raise
             problems[text] = error.message
+    profiles: list[Profiled] = []
+    if request.profile or request.profile_page:
+        from .benchmark_profile import profile_subjects
+
+        profiles = profile_subjects(
+            subjects, [text for text in request.target if text not in problems], ids=ids, new_tokens=request.new_tokens,
+            threads=request.threads, effort=request.effort, observer=observer, page=request.profile_page,
+        )  # fmt: skip
     taken = [row for row in rows if row.source != "predicted"]  # predictions have intervals of their own kind
     found = compare(taken, subjects[0].name)
     decisions = decide(found, request.max_slowdown) if request.max_slowdown is not None else []
@@ -132,7 +149,7 @@ def bench_subjects(request: BenchRequest, observer: Observer) -> BenchResult:
         code = 1 if "fail" in outcomes else 3 if "inconclusive" in outcomes or problems or not decisions else 0
     else:
         code = 0
-    return BenchResult((*rows, *right), tuple(found), tuple(decisions), problems, code)
+    return BenchResult((*rows, *right), tuple(found), tuple(decisions), problems, code, tuple(profiles))
 
 
 def _on_target(

@@ -75,6 +75,10 @@ def bench(
     form: Annotated[
         str | None, typer.Option("--format", help="The format of --out, where its name does not say it.")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also the time by operator, and what of this machine's peaks is reached.")
+    ] = False,
+    profile_page: Annotated[Path | None, typer.Option(help="Write the profile, with its roofline, as HTML.")] = None,
     as_json: Json = False,
 ) -> int:
     """Measure speed, memory, energy and size, interleaved, each in fresh processes. The first subject is the baseline.
@@ -99,7 +103,7 @@ def bench(
         effort: Effort = "quick" if quick else "thorough" if thorough else "normal"
         request = BenchRequest(
             tuple(subjects), listed(target), threads, length, new_tokens, effort, launches, tuple(depths) or None,
-            sustained, resolution, max_slowdown, accuracy, speed,
+            sustained, resolution, max_slowdown, accuracy, speed, profile, profile_page,
         )  # fmt: skip
         measured = bench_subjects(request, observer)
         for path in out:

@@ -25,6 +25,7 @@ from .plan import Plan
 from .runner_build import RunnerResult
 from .show_devices import show_calibrated, show_imported, show_predicted, show_sheet, show_targets
 from .show_emulated import show_instructions, show_parity, show_root
+from .show_profile import show_profiles
 from .terminal import print_table, stderr
 
 __all__ = ["show"]
@@ -188,6 +189,8 @@ def _bench(result: BenchResult) -> None:
         print_table(f"median, against {names[0]}{where}", ("", *(_TITLES[metric] for metric in metrics)), rows)
         if timed is not None:
             _noise(timed)
+    if result.profiles:
+        show_profiles(result.profiles)
     for decision in result.decisions:
         mark = {"pass": "✔", "fail": "✘", "inconclusive": "?"}[decision.outcome]
         stderr.print(f"{mark} {decision.subject} on {decision.target}: {decision.reason}", markup=False, soft_wrap=True)

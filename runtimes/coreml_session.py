@@ -6,6 +6,7 @@ gets ``input_ids`` and an additive ``causal_mask`` and keeps its KV cache in the
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -17,8 +18,10 @@ import numpy.typing as npt
 
 from ..artifact import Artifact
 from ..errors import BadInput, Unsupported
+from .mil.cost import CostRecorder
 from .mil.interpreter import Interpreter, RangeRow
 from .milproto import coremltools_version, enumerated_lengths, import_coremltools, load_program
+from .payload_coreml import stored_bytes, stored_weights
 from .session import DecodedToken, Floats, Ints, SessionInfo, SessionOptions, check_batch, check_prompt
 
 __all__ = ["HIDDEN", "CoremlSession", "MilSession", "NativeCoreMLSession", "causal_mask", "open_coreml"]
@@ -161,6 +164,20 @@ class MilSession(CoremlSession):
     def first_overflow(self) -> RangeRow | None:
         """The first operation that left float16 (or made a NaN) from finite arguments."""
         return self._live().first_overflow
+
+    @contextlib.contextmanager
+    def profiling(self) -> Iterator[CostRecorder]:
+        """Count what each operation costs in the passes inside: operations and bytes, no time."""
+        interpreter = self._live()
+        sizes = {
+            name: stored_bytes(weight, interpreter.program) for name, weight in stored_weights(interpreter.program)
+        }
+        recorder = CostRecorder(interpreter.program, sizes)
+        interpreter.watch = recorder.watch
+        try:
+            yield recorder
+        finally:
+            interpreter.watch = None
 
     def close(self) -> None:
         """Free the program."""

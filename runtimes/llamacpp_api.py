@@ -146,7 +146,8 @@ class LlamaContext:
     """Room to compute in: KV cache, batch buffers, threads.
 
     ``outputs`` is how many rows of logits one batch may ask for: the buffer for them is ``outputs * vocab_size``
-    float32. With ``embeddings`` a batch gives one pooled vector per sequence instead.
+    float32. With ``embeddings`` a batch gives one pooled vector per sequence instead. ``timed``: llama.cpp counts its
+    own :meth:`timings`. ``watch``, a ``ggml_backend_sched_eval_callback``, is called before and after each node.
     """
 
     def __init__(
@@ -161,8 +162,11 @@ class LlamaContext:
         flash: Literal["auto", "on", "off"] = "auto",
         embeddings: bool = False,
         sequences: int = 1,
+        timed: bool = False,
+        watch: Any = None,
     ) -> None:
         self.model, self.api = model, model.api
+        self._watch = watch  # C holds the pointer: it must live as long as the context
         params = self.api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_seq_max = length, batch, sequences
         # Attention without a causal mask needs a sequence whole in one physical batch.
@@ -173,6 +177,9 @@ class LlamaContext:
         params.flash_attn_type = _FLASH[flash]
         params.embeddings = embeddings
         params.kv_unified = embeddings
+        params.no_perf = not timed
+        if watch is not None:
+            params.cb_eval = watch
         self.handle = self.api.llama_init_from_model(model.handle, params)
         if not self.handle:
             raise EdgestillError(
@@ -187,6 +194,17 @@ class LlamaContext:
         if self.handle:
             self.api.llama_free(self.handle)
             self.handle = None
+
+    def timings(self) -> dict[str, float]:
+        """llama.cpp's own counters since the last reset (``llama_perf_context``): milliseconds and tokens of prompts
+        (batches of several tokens) and of single tokens."""
+        data = self.api.llama_perf_context(self.handle)
+        names = ("t_load_ms", "t_p_eval_ms", "n_p_eval", "t_eval_ms", "n_eval")
+        return {name: float(getattr(data, name)) for name in names}
+
+    def reset_timings(self) -> None:
+        """Start the counters anew."""
+        self.api.llama_perf_context_reset(self.handle)
 
     def forget(self) -> None:
         """Empty the KV cache."""

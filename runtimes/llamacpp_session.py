@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from ..artifact import Artifact
 from ..errors import BadInput, UsageError
 from .gguf_file import GgufFile
 from .llamacpp_api import KV_TYPES, LlamaContext, LlamaModel, engine_version
+from .llamacpp_profile import GgmlRecorder
 from .session import DecodedToken, SessionInfo, SessionOptions
 
 __all__ = ["LlamaCppSession"]
@@ -55,6 +57,8 @@ class LlamaCppSession:
         self._model = LlamaModel(artifact.entry, use_mmap=use_mmap)
         self._context: LlamaContext | None = None
         self._kind = ""
+        self._timed = False
+        self._recorder: GgmlRecorder | None = None
         if self._model.vocab_size != self._manifest.vocab_size:
             raise BadInput(
                 f"{artifact.entry}: {self._model.vocab_size} tokens, artifact.json says {self._manifest.vocab_size}",
@@ -108,6 +112,26 @@ class LlamaCppSession:
         """The ids that an app gets which hands ``text`` to llama.cpp, special tokens as the file says."""
         return self._model.tokenize(text, add_special=True)
 
+    def keep_timings(self) -> None:
+        """Let llama.cpp count its own timings from now on."""
+        if not self._timed:
+            self._timed = True
+            self._drop_context()
+        elif self._context is not None:
+            self._context.reset_timings()
+
+    @contextlib.contextmanager
+    def profiling(self) -> Iterator[GgmlRecorder]:
+        """Take the time of each node of the graph, in a context of its own."""
+        timings = self._context.timings() if self._timed and self._context is not None else {}
+        self._drop_context()
+        self._recorder = GgmlRecorder(timings)
+        try:
+            yield self._recorder
+        finally:
+            self._drop_context()
+            self._recorder = None
+
     def close(self) -> None:
         """See :meth:`edgestill.runtimes.session.Session.close`."""
         self._drop_context()
@@ -155,6 +179,7 @@ class LlamaCppSession:
             self._context = LlamaContext(
                 self._model, length=room, batch=batch, outputs=outputs, threads=self._threads, kv=self._kv,
                 flash=self._flash, embeddings=kind == "pooled", sequences=_MOST_SEQUENCES if kind == "pooled" else 1,
+                timed=self._timed, watch=self._recorder.callback if self._recorder else None,
             )  # fmt: skip
             self._kind = kind
         return self._context

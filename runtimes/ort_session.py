@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..artifact import Artifact
 from ..errors import BadInput, MissingDependency, Unsupported
+from .ort_profile import OrtRecorder
 from .session import DecodedToken, Floats, Ints, SessionInfo, SessionOptions
 
 __all__ = ["OrtSession"]
@@ -40,6 +44,7 @@ class OrtSession:
             raise Unsupported(f"onnxruntime has no backend {self._backend!r} here", hint=f"available: {known}")
         onnxruntime.set_default_logger_severity(_QUIET)
         onnxruntime.disable_telemetry_events()
+        self._artifact, self._options = artifact, options
         chosen = _session_options(onnxruntime, options)
         try:
             self._session = self._load(artifact, chosen, options)
@@ -191,6 +196,22 @@ class OrtSession:
             for name, value in zip(self._past, kept, strict=True):
                 binding.bind_ortvalue_input(name, value)
             ids = np.array([[token]], np.int64)
+
+    @contextlib.contextmanager
+    def profiling(self) -> Iterator[OrtRecorder]:
+        """Open the model anew with the runtime's profiler on, and read its profile when the block is left."""
+        self._live()
+        self._session = None  # not both in memory
+        recorder = OrtRecorder()
+        with tempfile.TemporaryDirectory(prefix="edgestill-profile-") as folder:
+            chosen = _session_options(self._ort, self._options)
+            chosen.enable_profiling, chosen.profile_file_prefix = True, str(Path(folder) / "ort")
+            self._session = self._load(self._artifact, chosen, self._options)
+            try:
+                yield recorder
+            finally:
+                written = self._live().end_profiling()
+            recorder.read(Path(written))
 
     def close(self) -> None:
         """Free the model."""

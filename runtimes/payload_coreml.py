@@ -16,7 +16,7 @@ from ..grids import Affine, dequantise_affine
 from .mil.program import Constant, Operation, Program
 from .milproto import load_program
 
-__all__ = ["CoremlPayload", "grid_of", "histogram", "stored_weights", "weight_values"]
+__all__ = ["CoremlPayload", "grid_of", "histogram", "stored_bytes", "stored_weights", "weight_values"]
 
 Floats = npt.NDArray[np.float32]
 Stored = Constant | Operation
@@ -248,8 +248,7 @@ def histogram(program: Program) -> dict[str, Histogram]:
     the weight file (shapes, small scalars) is not counted."""
     rows: dict[str, list[int]] = {}
     for _, stored in stored_weights(program):
-        parts = _parts(stored, program)
-        size = sum(part.stored_bytes for part in parts)
+        size = stored_bytes(stored, program)
         if size == 0 or (isinstance(stored, Constant) and not stored.type.dtype.startswith("float")):
             continue
         row = rows.setdefault(grid_of(stored, program), [0, 0, 0])
@@ -257,6 +256,11 @@ def histogram(program: Program) -> dict[str, Histogram]:
         row[1] += np.asarray(stored.value).size if isinstance(stored, Constant) else math.prod(_shape(stored, program))
         row[2] += size
     return {grid: Histogram(*row) for grid, row in sorted(rows.items())}
+
+
+def stored_bytes(stored: Stored, program: Program) -> int:
+    """Bytes of a weight in the weight file: codes, scales, tables and masks together."""
+    return sum(part.stored_bytes for part in _parts(stored, program))
 
 
 def _parts(stored: Stored, program: Program) -> list[Constant]:

@@ -42,7 +42,7 @@ __all__ = [
 PROTOCOL_VERSION = 1
 OPERATIONS = (
     "hello", "open", "info", "forward", "decode", "score", "time_forward", "time_decode", "memory", "facts", "sensors",
-    "close",
+    "profile", "close",
 )  # fmt: skip
 MAX_LINE_BYTES = 16 << 20  # a line holds control only; more than this is not our protocol
 

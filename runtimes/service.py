@@ -23,6 +23,7 @@ from ..artifact import ARTIFACT_FILE, open_artifact
 from ..errors import BadInput, MissingDependency, WorkerError
 from . import memory, timing
 from .machine import machine_facts
+from .profiling import profile_session
 from .protocol import OPERATIONS, PROTOCOL_VERSION, Exchange
 from .scoring import score
 from .sensors import read_sensors
@@ -90,6 +91,7 @@ class Service:
             "memory": self.memory,
             "facts": self.facts,
             "sensors": self.sensors,
+            "profile": self.profile,
             "close": self.close,
         }
 
@@ -239,6 +241,18 @@ class Service:
     def sensors(self, request: Fields) -> dict[str, Any]:
         """One reading: :func:`edgestill.runtimes.sensors.read_sensors`. Needs no model."""
         return read_sensors()
+
+    def profile(self, request: Fields) -> dict[str, Any]:
+        """Time by operator: :func:`edgestill.runtimes.profiling.profile_session`."""
+        session, info = self._model()
+        given: dict[str, Any] = {"repeats": _field(request, "repeats", int)}
+        if given["repeats"] < 1:
+            raise BadInput(f"can't profile {given['repeats']} repeats", hint="at least 1")
+        if "ids" in request:
+            given["ids"], given["mask"] = self._batch(request, info)
+        else:
+            given["prompt_ids"], given["new_tokens"] = _prompt(request, info)
+        return dataclasses.asdict(profile_session(session, **given))
 
     def close(self, request: Fields) -> dict[str, Any]:
         """Close the model; the worker ends after the reply."""

@@ -5,6 +5,7 @@ Not device side: it may import torch and :mod:`edgestill.checkpoints`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import time
@@ -18,9 +19,10 @@ import numpy.typing as npt
 from ..artifact import CLASS_TASKS
 from ..checkpoints import load_torch, open_model
 from ..errors import MissingDependency, Unsupported, WorkerError
+from .profiling import Row, RowTable
 from .session import DecodedToken, SessionInfo, SessionOptions
 
-__all__ = ["TorchSession"]
+__all__ = ["TorchRecorder", "TorchSession"]
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -98,6 +100,12 @@ class TorchSession:
             started = time.perf_counter()
             feed = [token]
 
+    @contextlib.contextmanager
+    def profiling(self) -> Iterator[TorchRecorder]:
+        """Take the time of each operator with torch's own profiler."""
+        self._open()
+        yield TorchRecorder()
+
     def _open(self) -> Any:
         if self._model is None:
             raise WorkerError("the session is closed", hint="open it again")
@@ -106,3 +114,40 @@ class TorchSession:
     def close(self) -> None:
         """Free the model."""
         self._model = None
+
+
+class TorchRecorder:
+    """A :class:`edgestill.runtimes.profiling.Recorder`: ``torch.profiler``, one a pass."""
+
+    source = "measured"
+    note = "torch.profiler; a time is that of the operator itself, without what it calls"
+
+    def __init__(self) -> None:
+        self._table = RowTable()
+        self._phase = ""
+        self._profiler: Any = None
+
+    def begin(self, phase: str) -> None:
+        """See :class:`Recorder`."""
+        from torch.profiler import ProfilerActivity, profile
+
+        self._phase = phase
+        self._profiler = profile(activities=[ProfilerActivity.CPU], with_flops=True)
+        self._profiler.start()
+
+    def end(self) -> None:
+        """See :class:`Recorder`."""
+        self._profiler.stop()
+        for event in self._profiler.key_averages():
+            self._table.add(
+                self._phase, event.key, event.key, "cpu", seconds=event.self_cpu_time_total / 1e6,
+                calls=int(event.count), flops=int(event.flops) or None,
+            )  # fmt: skip
+
+    def rows(self) -> dict[str, list[Row]]:
+        """See :class:`Recorder`."""
+        return self._table.rows()
+
+    def engine(self) -> dict[str, Any]:
+        """Nothing more."""
+        return {}

@@ -29,6 +29,7 @@ FLOORS = {
     "doctor": 5, "delivery": 5, "judging": 5,
     "company": 5, "apps": 5, "loss_comparison": 5, "distillation": 5,
     "distill": 4, "export": 4,
+    "benchmark_profile": 5, "show_profile": 6,
     "bench": 3,
     "runtimes": 2,
     "architectures": 1, "checkpoints": 1, "torch_models": 1, "model_import": 1, "gguf_import": 1,
@@ -44,7 +45,7 @@ FLOORS = {
 }  # fmt: skip
 DEVICE_SIDE = (
     "session", "worker", "protocol", "scoring", "likelihood", "memory", "timing", "ort_session", "llamacpp",
-    "coreml_session", "mil", "machine", "sensors",
+    "coreml_session", "mil", "machine", "sensors", "profiling", "ort_profile",
 )  # fmt: skip
 NEVER_ON_A_DEVICE = {"torch", "transformers", "pydantic", "rich", "typer", "scipy", "onnx", "gguf", "safetensors"}
 

@@ -18,7 +18,7 @@ from .facts import RunFacts
 from .student import calibration_plots, cost_rows, student_tables
 from .table import TORCH_SUBJECTS, heading, summary_table
 
-__all__ = ["ReportFiles", "build_report"]
+__all__ = ["ReportFiles", "build_report", "html_environment", "trusted"]
 
 _FOLDER = Path(__file__).parent
 _FORM_NAMES = {"onnx": "ONNX", "gguf": "GGUF", "coreml": "Core ML"}
@@ -62,9 +62,9 @@ def render(
     forms = [form for form in _FORM_NAMES if any(a.manifest.format == form for a in run.artifacts)]
     headline, _, reasons = choice.sentence.partition(": ")
     shared = {"run": run, "choice": choice, "table": table, "heading": heading, "version": __version__}
-    page = _environment(html=True).get_template("template.html.jinja").render(
+    page = html_environment().get_template("template.html.jinja").render(
         **shared,
-        style=_markup((_FOLDER / "style.css").read_text(encoding="utf-8")),
+        style=trusted((_FOLDER / "style.css").read_text(encoding="utf-8")),
         headline=headline,
         reasons=[reason.strip() for reason in reasons.rstrip(".").split(";") if reason.strip()],
         others=[(_FORM_NAMES.get(f, f), name) for f, name in choice.by_format.items() if name != choice.name],
@@ -76,7 +76,7 @@ def render(
         distilled=context.distilled(run),
         card_tables=student_tables(run, measurements),
         reliability=[
-            {"title": plot.title, "svg": _markup(plot.svg), "names": plot.names, "caption": plot.caption}
+            {"title": plot.title, "svg": trusted(plot.svg), "names": plot.names, "caption": plot.caption}
             for plot in calibration_plots(run, measurements)
         ],
         cost=cost_rows(run),
@@ -114,6 +114,11 @@ def _order(run: RunFacts, measurements: Sequence[Measurement], verdicts: Sequenc
     return [name for name in (run.baseline, *TORCH_SUBJECTS) if name in measured and name not in names] + names
 
 
+def html_environment() -> Any:
+    """Jinja's environment for pages: what comes from outside is escaped."""
+    return _environment(html=True)
+
+
 def _environment(*, html: bool) -> Any:
     import jinja2
 
@@ -125,7 +130,7 @@ def _environment(*, html: bool) -> Any:
     return environment
 
 
-def _markup(text: str) -> Any:
+def trusted(text: str) -> Any:
     """Mark a text of our own (style, charts whose labels were escaped when drawn) as not to be escaped again."""
     from markupsafe import Markup
 
@@ -134,5 +139,5 @@ def _markup(text: str) -> Any:
 
 def _drawn(charts: Sequence[context.Plot]) -> list[dict[str, Any]]:
     return [
-        {"title": c.title, "svg": _markup(c.svg), "narrow": _markup(c.narrow), "caption": c.caption} for c in charts
+        {"title": c.title, "svg": trusted(c.svg), "narrow": trusted(c.narrow), "caption": c.caption} for c in charts
     ]

@@ -8,7 +8,7 @@ says: its semantics and whether float16 holds its values. What an engine fuses o
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,8 @@ class Interpreter:
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        # Told of each operation as it is executed: the operation, its arguments, its result.
+        self.watch: Callable[[Operation, Mapping[str, Any], Any], None] | None = None
         self.ranges: list[RangeRow] = []
         try:
             self._prepare(program)
@@ -164,6 +166,8 @@ class Interpreter:
             result[slices(arguments)] = arguments["update"]
         else:
             result = self._call(step, arguments)
+        if self.watch is not None:
+            self.watch(operation, arguments, result)
         if isinstance(result, tuple):
             values |= {name: part for (name, _), part in zip(operation.outputs, result, strict=True)}
         elif operation.outputs:

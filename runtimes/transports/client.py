@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import WorkerError
+from ...errors import Unsupported, WorkerError
+from ..profiling import Phase, Profile, Row
 from ..protocol import PROTOCOL_VERSION, Exchange
 from ..session import DecodedToken, SessionInfo, SessionOptions
 
@@ -132,6 +133,32 @@ class WorkerClient(abc.ABC):
         """One reading of :func:`edgestill.runtimes.sensors.read_sensors`; ``None`` from a worker that has no such
         operation."""
         return self._optional("sensors")
+
+    def profile(
+        self,
+        ids: npt.NDArray[np.int64] | None = None,
+        mask: npt.NDArray[np.int64] | None = None,
+        *,
+        prompt_ids: Sequence[int] = (),
+        new_tokens: int = 0,
+        repeats: int = 3,
+    ) -> Profile:
+        """Time by operator, of forward passes over ``ids`` and ``mask`` or of generations:
+        :func:`edgestill.runtimes.profiling.profile_session` on the worker. Never mix its times with speeds.
+
+        :class:`Unsupported` from a worker without that operation.
+        """
+        if "profile" not in self.capabilities.get("operations", ()):
+            raise Unsupported(f"{self.capabilities.get('worker', 'this worker')} does not profile", hint="bench it")
+        fields: dict[str, Any] = {"prompt_ids": [int(token) for token in prompt_ids], "max_new_tokens": new_tokens}
+        if ids is not None:
+            fields = {"ids": self._put(ids), "mask": self._put(np.ones_like(ids) if mask is None else mask)}
+        raw = self.request("profile", repeats=repeats, **fields)
+        try:
+            phases = [Phase(**{**phase, "rows": [Row(**row) for row in phase["rows"]]}) for phase in raw["phases"]]
+            return Profile(**{**raw, "phases": phases})
+        except (KeyError, TypeError) as error:
+            raise _broken("profile", error) from None
 
     def _optional(self, op: str) -> dict[str, Any] | None:
         return self.request(op) if op in self.capabilities.get("operations", ()) else None

@@ -323,6 +323,36 @@ def test_the_machine_and_its_sensors_are_told_where_the_worker_lists_them(opened
         assert all(again["energy_j"][name] is not None for name in sensors["energy_j"] or ())
 
 
+def test_a_profile_says_where_the_time_goes_or_why_not(opened):
+    """Optional; what is listed keeps the page. No row claims what its source can't know."""
+    if "profile" not in opened.worker.capabilities["operations"]:
+        return
+    ids, mask = batch(rows(opened)[:1])
+    generates = opened.task == "text-generation"
+    found = (
+        opened.worker.profile(prompt_ids=PROMPT, new_tokens=3, repeats=2)
+        if generates
+        else opened.worker.profile(ids, mask, repeats=2)
+    )
+    assert [phase.name for phase in found.phases] == (["prefill", "decode"] if generates else ["forward"])
+    assert [phase.tokens for phase in found.phases] == ([len(PROMPT), 1] if generates else [ids.shape[1]])
+    for phase in found.phases:
+        assert bool(phase.rows) == (found.reason is None)
+        assert all(row.op and row.calls >= 1 for row in phase.rows)
+        assert len({(row.name, row.op, row.backend) for row in phase.rows}) == len(phase.rows)
+        if opened.runtime.latency:
+            assert found.source == "measured"
+            assert len(phase.plain_seconds) == len(phase.profiled_seconds) == 2 * phase.passes_a_run
+            assert all(row.seconds >= 0 for row in phase.rows)
+            assert 0 < sum(row.seconds for row in phase.rows) <= sum(phase.profiled_seconds)
+        else:
+            assert found.source == "predicted"
+            assert phase.plain_seconds == phase.profiled_seconds == []
+            assert all(row.seconds is None and row.flops >= 0 and row.bytes >= 0 for row in phase.rows)
+    # what was profiled still answers as before
+    assert np.isfinite(opened.worker.forward(ids, mask)).all()
+
+
 def test_an_artifact_says_what_it_is_and_is_checked(exported, tmp_path, request):
     import shutil
 
