@@ -1,7 +1,7 @@
 """JSON as ``llama-bench -o json`` prints it: one object a test, for tools that read llama.cpp's results.
 
 Fields and their order are those of llama-bench (llama.cpp, ``tools/llama-bench``, at the engine commit of
-llama-cpp-python 0.3.36). What does not exist here, or is not known, is ``null``: nothing is made up for a reader's sake.
+llama-cpp-python 0.3.36). What does not exist here, or is not known, is ``null``: nothing is made up.
 """
 
 from __future__ import annotations
