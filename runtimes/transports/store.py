@@ -80,11 +80,9 @@ class DeviceStore:
         missing = [pair for start in range(0, len(wanted), _BATCH) for pair in self._missing(wanted[start:][:_BATCH])]
         contents = {file.sha256: (file, offset) for _, file, offset in missing}
         self._check_room(sum(file.size_bytes - max(offset, 0) for file, offset in contents.values()))
-        for index, (path, file, _) in enumerate(missing):
-            if file.sha256 in contents:
-                self._send(*contents.pop(file.sha256))
-            again = any(other.sha256 == file.sha256 for _, other, _ in missing[index + 1 :])
-            self._place(path, file, "cp" if again else "mv")
+        for file, offset in contents.values():
+            self._send(file, offset)
+        self._place([(path, file) for path, file, _ in missing])
 
     def _missing(self, wanted: Sequence[tuple[str, LocalFile]]) -> list[tuple[str, LocalFile, int]]:
         """What does not hold its content yet, with the bytes of it that the device has (a content that is whole but
@@ -153,13 +151,18 @@ class DeviceStore:
             f"{self._shell.name}: {file.path.name} arrived damaged twice", hint="check the device's storage"
         )
 
-    def _place(self, path: str, file: LocalFile, otherwise: str) -> None:
-        """Let ``path`` hold the content: a second name for it; where the system forbids links (Android), the content
-        moves there, so that a model does not need its room twice."""
-        blob = f"{self.root}/blobs/{file.sha256}"
-        if path == blob:
-            return
-        folder = quote(str(PurePosixPath(path).parent))
-        script = f"mkdir -p {folder} && rm -f {quote(path)} && {{ ln {quote(blob)} {quote(path)} 2>/dev/null || "
-        script += f"{otherwise} {quote(blob)} {quote(path)}; }}"
-        self._shell.check(script, f"placing {file.path.name}")
+    def _place(self, wanted: Sequence[tuple[str, LocalFile]]) -> None:
+        """Let each path hold its content: a second name for it; where the system forbids links (Android), the content
+        moves to the last path that wants it, so that a model does not need its room twice."""
+        scripts = []
+        for index, (path, file) in enumerate(wanted):
+            blob = f"{self.root}/blobs/{file.sha256}"
+            if path != blob:
+                again = any(other.sha256 == file.sha256 for _, other in wanted[index + 1 :])
+                words = f"{quote(blob)} {quote(path)}"
+                scripts.append(
+                    f"mkdir -p {quote(str(PurePosixPath(path).parent))} && rm -f {quote(path)} && "
+                    f"{{ ln {words} 2>/dev/null || {'cp' if again else 'mv'} {words}; }} || exit 1"
+                )
+        for start in range(0, len(scripts), _BATCH):
+            self._shell.check("\n".join(scripts[start:][:_BATCH]), "putting files into place", seconds=600)
