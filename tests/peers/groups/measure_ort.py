@@ -28,8 +28,8 @@ def ort_ratio(context: Context, variant: str) -> Taken:
     """``|ratio - 1|`` of our time around a forward pass to the runtime's own time of that pass.
 
     An equivalence test (two one-sided tests, Schuirmann 1987; here at 2.5 % each): the figure holds when the 95 %
-    interval of the median ratio lies within ±2 %. Both clocks see the same runs, so a busy machine moves both; it can only lengthen
-    what lies between them.
+    interval of the median ratio lies within ±2 %. Both clocks see the same runs, so a busy machine moves
+    both; it can only lengthen what lies between them.
     """
     ratios: list[float] = []
     launches: list[int] = []
