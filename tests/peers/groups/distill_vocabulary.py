@@ -15,7 +15,7 @@ from ..quality import held_out_data
 from ..registry import Taken, figure
 from ..workloads import write_spec
 
-RECIPE = "smollm2-half"
+RECIPE = "vocabulary-reviews"
 PEER = "the teacher with its whole vocabulary"
 _TITLE = "SmolLM2 with 16,384 of 49,152 tokens: "
 
@@ -28,8 +28,9 @@ def vocab_trim(context: Context, variant: str) -> Taken:
     facts = _measured(context)
     coverage = facts["coverage"]
     how = (
-        f"{facts['coinciding_positions']:,} places of {facts['texts_read']} texts of the domain; where both end the "
-        f"same token, whatever was read before: {facts['agreement_aligned']:.4f} of {facts['aligned_positions']:,}; "
+        f"{facts['coinciding_positions']:,} places of {facts['texts_read']} held-out texts of the domain "
+        f"({RECIPE}.toml) that both have read in the same tokens so far; where both end the same token, whatever was "
+        f"read before: {facts['agreement_aligned']:.4f} of {facts['aligned_positions']:,}; "
         f"coverage: {coverage['kept']:.2%} of the tokens kept, {coverage['coinciding']:.2%} coincide, "
         f"{coverage['same_texts']:.1%} of the texts tokenised alike, {coverage['growth']:.4f} tokens for one"
     )
@@ -62,7 +63,7 @@ def _measured(context: Context) -> dict[str, Any]:
         teacher, data = context.model("decoder"), held_out_data(context, RECIPE)
         spec = write_spec(
             context.scratch / "vocabulary.json", teacher=str(teacher.path), train=data.split("train"),
-            held_out=data.split("test"), size=300 if context.tiny else 16_384, positions=50 if context.tiny else 2000,
+            held_out=data.split("test"), size=300 if context.tiny else 16_384, positions=50 if context.tiny else 4000,
             window=128, student_layers=teacher.layers // 2,
         )  # fmt: skip
         context.progress("trimming the vocabulary")

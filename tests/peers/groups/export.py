@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -154,7 +156,13 @@ def _peer(context: Context, to: str, kind: Kind) -> Callable[[], Launch]:
     else:
         prepared = context.environment(LLAMA_CPP_CONVERTER)
         script = prepared.source / "vendor/llama.cpp/convert_hf_to_gguf.py"
-        arguments: list[str | Path] = [model, "--outfile", target, "--outtype", to.partition(":")[2]]
+        arguments: list[str | Path] = [
+            _for_older_transformers(model, context.scratch / "plain"),
+            "--outfile",
+            target,
+            "--outtype",
+            to.partition(":")[2],
+        ]
 
         def run() -> Launch:
             context.progress("convert_hf_to_gguf.py")
@@ -167,6 +175,20 @@ def _peer(context: Context, to: str, kind: Kind) -> Callable[[], Launch]:
     except EdgestillError as error:
         raise Unavailable(f"{_peer_name(to)} refuses this model: {error.message}") from error
     return run
+
+
+def _for_older_transformers(model: Path, folder: Path) -> Path:
+    """The same model in ``folder``, with a tokenizer class that the Transformers which the converter pins knows."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).symlink_to(path)
+    described = json.loads((model / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(described | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    return folder
 
 
 def _run(context: Context, program: str, *arguments: str | Path) -> Launch:
