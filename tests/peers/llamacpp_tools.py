@@ -18,7 +18,7 @@ from pathlib import Path
 
 from edgestill.bench.environment import usable_threads
 from edgestill.errors import MissingDependency
-from edgestill.files import atomic_write, hash_file, hash_json
+from edgestill.files import atomic_write, hash_file, hash_json, hash_tree
 from edgestill.progress import Progress, silent
 from edgestill.runtimes.llamacpp_api import engine, engine_version
 
@@ -30,7 +30,7 @@ __all__ = ["LLAMA_CPP_TOOLS", "LlamaTools", "llama_tools"]
 
 _PARTS = ("common", "include", "ggml/include", "src", "vendor", "tools/llama-bench", "tools/perplexity")
 _SOURCE = "vendor/llama.cpp"
-_TARGETS = ("llama-bench", "llama-perplexity")
+_TARGETS = ("llama-bench", "perplexity")
 
 
 def _bindings() -> str:
@@ -68,21 +68,28 @@ def llama_tools(progress: Progress = silent) -> LlamaTools:
         raise Unavailable(str(error)) from error
     prepared = prepare(LLAMA_CPP_TOOLS, progress)
     build = prepared.source.parent / "build"
-    tools = LlamaTools(build / "bin" / "llama-bench", build / "bin" / "llama-perplexity", version)
-    recipe = PROGRAMS / "llamacpp_tools" / "CMakeLists.txt"
+    tools = LlamaTools(build / "bin" / "llama-bench", build / "bin" / "perplexity", version)
+    recipe = PROGRAMS / "llamacpp_tools"
     engines = sorted(path for path in library.glob("*") if path.is_file())
-    wanted = hash_json([hash_file(recipe), str(library), version, [hash_file(path) for path in engines]])
+    wanted = hash_json([hash_tree(recipe), str(library), version, [hash_file(path) for path in engines]])
     with build.with_suffix(".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         stamp = build / "stamp.txt"
         if not (stamp.is_file() and stamp.read_text() == wanted):
-            _build(prepared, recipe.parent, build, library, progress)
+            own = prepared.source / "recipe"  # so that checkouts share what was compiled
+            shutil.copytree(recipe, own, dirs_exist_ok=True)
+            if build.exists():  # of an earlier recipe or engine: ninja knows what is still good
+                try:
+                    _build(prepared, own, build, library, progress)
+                except Unavailable:
+                    shutil.rmtree(build)
+            if not build.exists():
+                _build(prepared, own, build, library, progress)
             atomic_write(stamp, wanted)
     return tools
 
 
 def _build(prepared: Prepared, recipe: Path, build: Path, library: Path, progress: Progress) -> None:
-    shutil.rmtree(build, ignore_errors=True)  # half built, or linked to another engine
     binaries = prepared.python.parent
     ninja = str(binaries / "ninja")
     progress("configuring llama.cpp's tools")

@@ -34,8 +34,6 @@ _PHYSICAL = 64  # tokens that our session computes together: then both sides do 
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
-# The tool's log is written by a thread that it does not wait for: now and then it ends before its last lines are out.
-_ATTEMPTS = 12
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def kl_peer(context: Context, variant: str) -> Taken:
     how = (
         f"{len(off)} statistics, worst {worst}: ours {imitated[worst]:.7g}, theirs {printed[worst][0]:.7g}; "
         f"without the store ours are {exact.words()}, theirs KL {printed['Mean KLD'][0]:.6f}, "
-        f"PPL(Q) {printed['Mean PPL(Q)'][0]:.4f}; {_same_codes(context, base)}; {_note(context, base)}"
+        f"PPL(Q) {printed['Mean PPL(Q)'][0]:.4f}; {_same_codes(context, base, f16)}; {_note(context, base)}"
     )
     return Taken(off[worst], how)
 
@@ -123,18 +121,15 @@ def _run_tool(context: Context, model: Path, base: Path, *, kl: bool) -> str:
         str(base), *(["--kl-divergence"] if kl else []),
     ]  # fmt: skip
     context.progress(f"llama-perplexity {model.parent.name}")
-    for _ in range(_ATTEMPTS):
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", check=False, env=surroundings(context.threads),
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        said = done.stdout + done.stderr
-        if done.returncode or not base.is_file():
-            lines = [line for line in said.splitlines() if line.strip()]
-            raise EdgestillError(f"llama-perplexity ended with status {done.returncode}: {(lines or ['no word'])[-1]}")
-        if not kl or "Same top p" in parse_output(said):
-            return said
-    raise EdgestillError(f"llama-perplexity did not print its statistics in {_ATTEMPTS} runs")
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=False, env=surroundings(context.threads),
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    if done.returncode or not base.is_file() or (kl and "Same top p" not in parse_output(said)):
+        lines = [line for line in said.splitlines() if line.strip()]
+        raise EdgestillError(f"llama-perplexity ended with status {done.returncode}: {(lines or ['no word'])[-1]}")
+    return said
 
 
 def _window(context: Context) -> int:
@@ -180,35 +175,47 @@ def _logits(worker: LocalWorker, f16: Artifact, base: Base) -> Iterator[Sequence
         yield worker.forward(ids, np.ones_like(ids))[0, base.first : -1]
 
 
+def _references(context: Context, base: Base, f16: Artifact) -> list[Path]:
+    """What f16 says in our worker: a reference folder a window, made once (0.4 GB of logits together)."""
+
+    def take() -> list[Path]:
+        folders = []
+        context.progress("f16 in our worker")
+        with LocalWorker(f16.path, SessionOptions(threads=context.threads)) as worker:
+            for index, ids in enumerate(_fed(f16, base)):
+                folder = context.scratch / f"kl-reference-{index}"
+                folder.mkdir()
+                np.save(folder / "ids.npy", ids)
+                np.save(folder / "mask.npy", np.ones_like(ids))
+                np.save(folder / "logits.npy", worker.forward(ids, np.ones_like(ids)))
+                (folder / "reference.json").write_text(json.dumps({"task": "text-generation"}))
+                folders.append(folder)
+        return folders
+
+    return context.once("kl-references", take)
+
+
 def _score(context: Context, worker: LocalWorker, base: Base, f16: Artifact) -> Ours:
-    """Our own way: the worker's ``score`` against a reference folder of what f16 says, a window at a time."""
+    """Our own way: the worker's ``score`` against what f16 says."""
     parts: dict[str, list[Doubles]] = {"kl": [], "logprob": [], "reference_logprob": []}
-    folder = context.scratch / "kl-reference"
-    folder.mkdir(exist_ok=True)
-    with LocalWorker(f16.path, SessionOptions(threads=context.threads)) as reference:
-        for ids in _fed(f16, base):
-            np.save(folder / "ids.npy", ids)
-            np.save(folder / "mask.npy", np.ones_like(ids))
-            np.save(folder / "logits.npy", reference.forward(ids, np.ones_like(ids)))
-            (folder / "reference.json").write_text(json.dumps({"task": "text-generation"}))
-            scores: dict[str, Any] = worker.score(folder)
-            for name, values in parts.items():
-                values.append(scores[name][base.first :])
+    for folder in _references(context, base, f16):
+        scores: dict[str, Any] = worker.score(folder)
+        for name, values in parts.items():
+            values.append(scores[name][base.first :])
     return Ours(**{name: np.concatenate(values) for name, values in parts.items()})
 
 
-def _same_codes(context: Context, base: Base) -> str:
+def _same_codes(context: Context, base: Base, f16: Artifact) -> str:
     """How many of the 16-bit codes in the tool's file we would have written."""
 
     def take() -> str:
         equal = total = 0
-        _, f16 = _base(context)
-        with LocalWorker(f16.path, SessionOptions(threads=context.threads)) as worker:
-            for index, rows in enumerate(_logits(worker, f16, base)):
-                for theirs, values in zip(base.rows(index), rows, strict=True):
-                    mine = store(values)
-                    equal += int((mine.codes == theirs.codes).sum()) * (mine.scale == theirs.scale)
-                    total += len(values)
+        for index, folder in enumerate(_references(context, base, f16)):
+            logits = np.load(folder / "logits.npy", mmap_mode="r")[0, base.first : -1]
+            for theirs, values in zip(base.rows(index), logits, strict=True):
+                mine = store(np.asarray(values))
+                equal += int((mine.codes == theirs.codes).sum()) * (mine.scale == theirs.scale)
+                total += len(values)
         return f"{equal:,} of {total:,} codes of the store equal"
 
     return context.once("kl-codes", take)
