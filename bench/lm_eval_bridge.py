@@ -29,6 +29,7 @@ class ArtifactModel:
     """What lm-eval asks of a model, by our worker. :func:`register` joins it with lm-eval's ``TemplateLM``, which
     splits contexts from continuations.
 
+    ``device`` and ``max_batch_size`` are what lm-eval passes to every model, a GPU unasked; artifacts run on the CPU.
     Raises :class:`Unsupported` for a model that does not generate text, and for sampling: decoding is greedy.
     """
 
@@ -51,8 +52,6 @@ class ArtifactModel:
         folder = Path(artifact).expanduser()
         if not folder.is_dir():
             raise BadInput(f"{folder} is not a folder", hint="--model_args artifact=FOLDER: an artifact, or a model")
-        if device not in (None, "", "cpu"):
-            raise Unsupported(f"--device {device}", hint="artifacts run on the CPU: leave --device out")
         self.batch_size = _positive("batch_size", batch_size, _BATCH_SIZE)
         self.max_gen_toks = _positive("max_gen_toks", max_gen_toks, 256)
         options = scoring_options(folder, _positive("threads", threads, 2))

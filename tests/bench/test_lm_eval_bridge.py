@@ -84,8 +84,6 @@ def test_what_is_no_decoder_is_refused(tiny_bert, tmp_path):
         ArtifactModel(artifact=str(tmp_path / "none"))
     with pytest.raises(Unsupported, match="feature-extraction"):
         ArtifactModel(artifact=str(tiny_bert), threads=1)
-    with pytest.raises(Unsupported, match="cuda"):
-        ArtifactModel(artifact=str(tiny_bert), device="cuda:0")
     with pytest.raises(UsageError, match="threads"):
         ArtifactModel(artifact=str(tmp_path), threads="few")
 
