@@ -287,7 +287,9 @@ def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def __getattr__(name: str) -> Any:
     """Bring in what needs torch only when it is asked for."""
-    if name in ("SentenceEncoder", "load_tokenizer", "load_torch", "save_model"):
+    if name == "load_tokenizer":
+        return importlib.import_module(".model_tokenizer", __package__).load_tokenizer
+    if name in ("SentenceEncoder", "load_torch", "save_model"):
         return getattr(importlib.import_module(".torch_models", __package__), name)
     if name == "prepare_model":
         return importlib.import_module(".model_import", __package__).prepare_model

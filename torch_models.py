@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import logging
 import pickle  # for the name of its error only
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from .checkpoints import (
 )
 from .errors import BadInput, MissingDependency, ResourceExhausted
 from .files import atomic_directory
+from .model_tokenizer import load_tokenizer, open_tokenizer, quiet
 
 try:
     import torch
@@ -72,28 +71,6 @@ class SentenceEncoder(nn.Module):  # type: ignore[misc]
             last = attention_mask.sum(1) - 1
             pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
         return nn.functional.normalize(pooled, p=2.0, dim=1) if self.normalize else pooled
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bar, log line or warning of Transformers inside the block; what was set before is restored."""
-    from transformers.utils import logging as hub
-
-    level, bar = hub.get_verbosity(), hub.is_progress_bar_enabled()
-    hub.set_verbosity_error()
-    hub.disable_progress_bar()
-    torch_log = logging.getLogger("torch.distributed.elastic.multiprocessing.redirects")
-    torch_level = torch_log.level
-    torch_log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch_log.setLevel(torch_level)
-        hub.set_verbosity(level)
-        if bar:
-            hub.enable_progress_bar()
 
 
 def model_class(task: Task) -> Any:
@@ -243,7 +220,7 @@ def load_source_tokenizer(root: Path, lower_case: bool = False) -> Any:
     """The fast tokenizer of a foreign folder; ``lower_case``: its user lower-cases first (sentence-transformers)."""
     if not any((root / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")):
         raise BadInput(f"{root} has no tokenizer", hint="copy tokenizer.json of the model into it")
-    tokenizer = _open_tokenizer(root)
+    tokenizer = open_tokenizer(root)
     if lower_case:
         from tokenizers import normalizers
 
@@ -263,32 +240,6 @@ def check_loaded(info: dict[str, Any], where: Path) -> None:
                 f"{where}: {what.get(kind, 'weights do not load')}: {found[0]}{more}",
                 hint="config and weights are not of the same model",
             )
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The fast tokenizer of a model folder (right padding), from local files only."""
-    if not (folder / "tokenizer.json").is_file():
-        raise BadInput(f"{folder} has no tokenizer.json", hint="save the model's fast tokenizer beside it")
-    return _open_tokenizer(folder)
-
-
-def _open_tokenizer(folder: Path) -> Any:
-    try:
-        with quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
-        if not callable(getattr(tokenizer, "encode", None)):
-            raise ValueError("no tokenizer came out")
-        if not isinstance(tokenizer.model_max_length, int | float):
-            raise ValueError(f"model_max_length is {str(tokenizer.model_max_length)[:40]!r}")
-    except (MemoryError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # bare exceptions and panics of the tokenizers library, validation errors of the hub
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise BadInput(
-            f"{folder}: the tokenizer does not load: {reason}", hint="save it again, or fetch again"
-        ) from None
-    tokenizer.padding_side = "right"
-    return tokenizer
 
 
 def save_model(model: nn.Module, tokenizer: Any, out: Path, like: ModelFolder, **changes: Any) -> ModelFolder:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoints import load_tokenizer, load_torch
 from ..errors import MissingDependency, Unsupported
 from ..fetch import cache_folder
 from ..files import atomic_write, hash_json
@@ -88,6 +87,8 @@ def measure_importance(model: ModelFolder, texts: Sequence[str], progress: Progr
         import torch
     except ModuleNotFoundError:
         raise MissingDependency.package("torch", "distill") from None
+
+    from ..checkpoints import load_tokenizer, load_torch
 
     loaded = load_torch(model.path)
     root = loaded.encoder if model.task == "feature-extraction" else loaded

@@ -220,6 +220,8 @@ def _frame(tokenizer: Any, kind: str) -> Metadata:
         found["tokenizer.ggml.bos_token_id"] = before[0]
     if after:
         found["tokenizer.ggml.eos_token_id"] = after[0]
+    if not after and kind in ("bpe", "sentencepiece"):  # what llama.cpp assumes, and its converter leaves out
+        del found["tokenizer.ggml.add_eos_token"]
     if kind == "wordpiece":  # else llama.cpp would add [SEP] of its own accord
         found["tokenizer.ggml.add_sep_token"] = False
     return found

@@ -92,7 +92,6 @@ def test_metadata_is_what_llama_cpp_reads(tiny_llama: Path, artifact_of: Export)
         "llama.rope.dimension_count": 16, "llama.rope.freq_base": 10000.0, "llama.vocab_size": 320,
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.padding_token_id": 2, "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.ggml.add_eos_token": False,
     }  # fmt: skip
     assert {key: found.get(key) for key in expected} == expected
     assert "im_start" in str(found["tokenizer.chat_template"])
