@@ -128,7 +128,7 @@ def _copy(artifact: Artifact, out: Path) -> Path:
 def _open(folder: Path, options: SessionOptions, *, cold: bool = False) -> AbstractContextManager[Any]:
     if folder.name != "slow":
         return LocalWorker(folder, options, cold=cold)
-    return LocalWorker(folder, options, cold=cold, command=_program("slow_worker", options.threads, str(SLOWDOWN)))
+    return LocalWorker(folder, options, cold=cold, command=_program("worker_slow_ours", options.threads, str(SLOWDOWN)))
 
 
 def _program(name: str, threads: int, *before: str) -> list[str]:
@@ -153,7 +153,7 @@ def memory_ratio(context: Context, variant: str) -> Taken:
             ours.append([float(_work(LocalWorker(artifact.path, SessionOptions(threads=1)), artifact))])
             with tempfile.TemporaryDirectory() as folder:
                 report = Path(folder) / "time.txt"
-                command = [tool, "-v", "-o", str(report), *_program("unreset_worker", 1)]
+                command = [tool, "-v", "-o", str(report), *_program("worker_unreset_ours", 1)]
                 command = command[: command.index("--parent")]  # its parent is `time`, not this process
                 _work(LocalWorker(artifact.path, SessionOptions(threads=1), command=command), artifact)
                 found = re.search(r"Maximum resident set size \(kbytes\): (\d+)", report.read_text())

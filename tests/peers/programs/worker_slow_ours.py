@@ -1,4 +1,4 @@
-"""edgestill's own worker around a model that costs more: ``slow_worker.py SHARE [worker's arguments]``.
+"""edgestill's own worker around a model that costs more: ``worker_slow_ours.py SHARE [worker's arguments]``.
 
 After each forward pass it burns SHARE of the processor time that the pass took, as a worse kernel would.
 """
