@@ -234,10 +234,11 @@ def _chat_template(template: Any) -> str:
 def _likely(spec: dict[str, Any], model_type: str) -> Iterator[str | None]:
     """Names of pre-tokenizers, the one that the tokenizer's own description suggests first."""
     pre = spec.get("pre_tokenizer")
-    pattern = str((_find(pre, "Split") or {}).get("pattern", {}))
+    split = (_find(pre, "Split") or {}).get("pattern", {})
+    pattern = str(split)
     if model_type == "roberta":
         yield "roberta-bpe"
-    if (_find(pre, "Digits") or {}).get("individual_digits"):
+    if (_find(pre, "Digits") or {}).get("individual_digits") or split == {"Regex": r"\p{N}"}:
         yield "smollm"
     if r"\p{N}{1,3}" in pattern:
         yield "llama-bpe"
