@@ -9,7 +9,7 @@ RECIPE ?= minilm
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types peers schemas clean
+.PHONY: help setup demo test test-whole test-slow lint types peers schemas clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ demo: setup ## run the main job on real input: RECIPE=minilm (default) or smollm
 
 test: setup ## run the tests that need no real model (minutes)
 	@$(BIN)/pytest -n auto --dist loadfile -m "not slow" $(ARGS)
+
+test-whole: setup ## run whole runs of tiny models, and the README's commands (minutes)
+	@$(BIN)/pytest -n auto --dist loadfile -m whole $(ARGS)
 
 test-slow: setup ## run the tests on real models and real text too (longer)
 	@$(BIN)/pytest -n auto -m slow $(ARGS)

@@ -13,6 +13,15 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import pytest  # noqa: E402
 
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked ``whole`` is ``slow``, too."""
+    for item in items:
+        if item.get_closest_marker("whole"):
+            item.add_marker(pytest.mark.slow)
+
+
 WORDS = (
     "the a of and to in is it was that film movie story actor plot scene good bad great awful funny dull moving "
     "slow bright dark love hate war peace ship phone board model small large fast quiet loud red blue green one two "

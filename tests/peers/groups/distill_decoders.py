@@ -16,7 +16,7 @@ PEER = "the same student, text, tokens and settings with cross-entropy alone"
 
 @figure(
     "smollm2_kd_vs_ce", group="distill", title="SmolLM2 30 -> 15 layers: held-out perplexity, distilled over plainly "
-    "trained", unit="ratio", limit=1.0, peer=PEER, slow="half an hour on two cores",
+    "trained", unit="ratio", limit=1.0, peer=PEER, slow="an hour on two cores",
 )  # fmt: skip
 def smollm2_kd_vs_ce(context: Context, variant: str) -> Taken:
     """The interval is that between the nearest and between the farthest ends of both sides' 95 % intervals over seeds:
