@@ -28,6 +28,7 @@ def text(tmp_path: Path, sentences: list[str]) -> Path:
     return path
 
 
+@pytest.mark.whole
 def test_against_teacher_and_student_and_on_tasks(artifact, tiny_llama, text, tmp_path):
     quiz = tmp_path / "quiz.jsonl"
     quiz.write_text("".join(json.dumps({"context": "the film was", "choices": [a, b], "answer": a}) + "\n"

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the fuzzer forks")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("part", ["model gguf", "onnx coreml"])
 def test_damaged_files_give_clear_errors(part: str) -> None:
     """`python -m tests.fuzz --count 10000 --seed 0` is the long run."""

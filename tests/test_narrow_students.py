@@ -82,6 +82,7 @@ def test_a_narrow_student_opens_with_identical_outputs(teacher: Path, shape: str
     assert len(load_tokenizer(folder)) == len(load_tokenizer(teacher))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("to", "tolerance"),
     [("onnx:fp32", 2e-4), ("gguf:f32", 2e-3), ("coreml:fp16", 2e-2)],
@@ -106,6 +107,7 @@ def test_a_narrow_student_runs_in_every_runtime(teacher, shape, to, tolerance, t
     assert np.abs(theirs - want).max() > 0.1 * np.abs(want).max()  # the cut is felt, so the comparison means something
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("to", ["onnx:fp32", "gguf:f32", "coreml:fp16"])
 def test_a_narrow_encoder_runs_in_every_runtime(tiny_bert: Path, to: str, tmp_path: Path, data: DataSets):
     student = StudentConfig(ffn=32, layers=2)

@@ -103,6 +103,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, text: Pa
     return folder, run_recipe(RunConfig(recipe, folder / "runs"))
 
 
+@pytest.mark.whole
 def test_the_whole_way(finished: tuple[Path, Any]) -> None:
     folder, result = finished
     run = folder / "runs/tiny"
@@ -121,6 +122,7 @@ def test_the_whole_way(finished: tuple[Path, Any]) -> None:
     assert "parity" in (run / "report.html").read_text()
 
 
+@pytest.mark.whole
 def test_the_document_fits_its_schema(finished: tuple[Path, Any]) -> None:
     folder, result = finished
     document = json.loads(json.dumps(dataclasses.asdict(result), allow_nan=False))
@@ -134,6 +136,7 @@ def test_the_document_fits_its_schema(finished: tuple[Path, Any]) -> None:
         jsonschema.validate(manifest, json.loads((FOLDER / "artifact.json").read_text()))
 
 
+@pytest.mark.whole
 def test_numbers_that_can_not_be_taken_are_null_with_a_reason(finished: tuple[Path, Any]) -> None:
     if sys.platform == "darwin":
         pytest.skip("Core ML runs natively here")
@@ -146,6 +149,7 @@ def test_numbers_that_can_not_be_taken_are_null_with_a_reason(finished: tuple[Pa
     assert artifact.metrics["latency_ms"] is None
 
 
+@pytest.mark.whole
 def test_nothing_is_done_twice(finished: tuple[Path, Any]) -> None:
     folder, first = finished
     before = (folder / "runs/tiny/report.html").read_text()
@@ -156,7 +160,7 @@ def test_nothing_is_done_twice(finished: tuple[Path, Any]) -> None:
     assert "Core ML" in before
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_a_changed_bench_measures_again_but_makes_nothing_again(finished: tuple[Path, Any], tmp_path: Path) -> None:
     folder, _ = finished
     shutil.copytree(folder / "runs", tmp_path / "runs")
@@ -167,6 +171,7 @@ def test_a_changed_bench_measures_again_but_makes_nothing_again(finished: tuple[
     assert set(stages.ran) - ALWAYS == {"speed"}
 
 
+@pytest.mark.whole
 def test_a_damaged_artifact_is_made_again(finished: tuple[Path, Any], tmp_path: Path) -> None:
     folder, first = finished
     shutil.copytree(folder / "runs", tmp_path / "runs")
@@ -180,6 +185,7 @@ def test_a_damaged_artifact_is_made_again(finished: tuple[Path, Any], tmp_path: 
     assert [a.artifact_id for a in again.artifacts] == [a.artifact_id for a in first.artifacts]
 
 
+@pytest.mark.whole
 def test_the_report_can_be_written_anew(finished: tuple[Path, Any]) -> None:
     folder, _ = finished
     report = folder / "runs/tiny/report.html"
@@ -188,6 +194,7 @@ def test_the_report_can_be_written_anew(finished: tuple[Path, Any]) -> None:
     assert report.stat().st_size > 0
 
 
+@pytest.mark.whole
 def test_a_decoder_as_it_is(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
     """No [distill] and no [student]: the model is shipped as it is."""
     recipe = write_recipe(tmp_path, tiny_llama, text, "onnx:fp32", "gguf:q8_0")
@@ -203,6 +210,7 @@ def test_a_decoder_as_it_is(tiny_llama: Path, text: Path, tmp_path: Path) -> Non
     assert numbers["gguf-q8_0"]["decode_tokens_per_s"] > 0
 
 
+@pytest.mark.whole
 def test_recipes_share_a_teacher_cache_that_lies_beside_them(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
     place = tmp_path / "recipes"
     place.mkdir()
@@ -228,6 +236,7 @@ def test_recipes_share_a_teacher_cache_that_lies_beside_them(tiny_llama: Path, t
     assert "student" in stages.skipped
 
 
+@pytest.mark.whole
 def test_a_broken_artifact_fails_the_run_after_the_others(
     tiny_bert: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +274,7 @@ def test_a_broken_artifact_fails_the_run_after_the_others(
     assert set(stages.ran) <= ALWAYS
 
 
+@pytest.mark.whole
 def test_gates_decide_the_exit_code(finished: tuple[Path, Any], tmp_path: Path) -> None:
     folder, _ = finished
     shutil.copytree(folder / "runs", tmp_path / "runs")
@@ -356,6 +366,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(
     assert leftovers == []
 
 
+@pytest.mark.whole
 def test_ctrl_c_says_how_to_go_on(tiny_bert: Path, text: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_bert, text, "onnx:int8")
     command = [sys.executable, "-m", "edgestill", "run", str(recipe), "--runs", str(tmp_path)]

@@ -26,6 +26,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
+@pytest.mark.whole
 def test_every_command_of_the_readme_works(
     tiny_bert: Path,
     sentences: list[str],

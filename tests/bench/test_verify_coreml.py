@@ -63,6 +63,7 @@ def test_it_passes(quantisation: str, grid: str, wide_bert: Path, reference: Pat
     assert checks >= {"weights_on_grid", "dtype_histogram", "faithful", "padding_parity", "cosine_to_student"}
 
 
+@pytest.mark.whole
 def test_lengths_to_choose_from_in_int4(wide_bert: Path, reference: Path, tmp_path: Path) -> None:
     """Texts are padded to the next length of the program, masked inside it."""
     config = ExportConfig(to="coreml:int4", shapes=[16, 40, 64])
@@ -72,6 +73,7 @@ def test_lengths_to_choose_from_in_int4(wide_bert: Path, reference: Path, tmp_pa
     assert _failures(_verdict(artifact.path, wide_bert, reference, tmp_path / "work")) == {}
 
 
+@pytest.mark.whole
 def test_a_wrong_weight_in_int4_is_named(wide_bert: Path, reference: Path, tmp_path: Path) -> None:
     changed = shutil.copytree(wide_bert, tmp_path / "changed")
     state = load_file(changed / "model.safetensors")
@@ -82,6 +84,7 @@ def test_a_wrong_weight_in_int4_is_named(wide_bert: Path, reference: Path, tmp_p
     assert found["weights_on_grid"].first_tensor == WRONG
 
 
+@pytest.mark.whole
 def test_a_decoder_in_int4(tiny_llama: Path, sentences: list[str], tmp_path: Path) -> None:
     """Its state and its quantised matrices together: prefill against decode, and the loss."""
     texts = [" ".join(sentences[i : i + 8]) for i in range(0, 48, 8)]

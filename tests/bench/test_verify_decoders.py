@@ -34,6 +34,7 @@ def _examine(model: Path, student: Path, to: str, reference: Path, work: Path) -
     return examine(artifact.path, student=student, references={"text": reference}, work=work / "work", options=OPTIONS)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("to", TO)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_passes(family: str, to: str, references: Any, request: pytest.FixtureRequest, tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def test_a_corrected_teacher_knows_the_text_better_and_teaches(tiny_llama: Path,
     assert any(text.startswith("teacher correction: step 5 ") for text in told)
 
 
+@pytest.mark.whole
 def test_a_correction_goes_on_where_it_was_cut_and_is_made_once(tiny_llama: Path, tmp_path: Path, data: DataSets):
     correction = CorrectionConfig(epochs=0.3, learning_rate=1e-3)
 

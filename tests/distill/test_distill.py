@@ -87,6 +87,7 @@ def test_a_decoder_learns(tiny_llama: Path, tmp_path: Path, data: DataSets, loss
 INSIDE = {"attention_maps": 1.0, "attention_relations:2": 1.0, "hidden_states": 1.0}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("kind", "loss", "layer_map", "mapped"),
     [

@@ -138,6 +138,7 @@ def test_what_was_trained_is_what_ships(
     assert sorted(path.name for path in (tmp_path / "work").iterdir() if "ship" in path.name) == []
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("to", FORMATS)
 def test_it_is_nearer_to_its_teacher_than_what_is_rounded_afterwards(
     to: str, decoder: Path, tmp_path: Path, walks: DataSets
@@ -153,6 +154,7 @@ def test_it_is_nearer_to_its_teacher_than_what_is_rounded_afterwards(
         assert result.dev_after["kl"] < 0.7 * result.dev_before["kl"]
 
 
+@pytest.mark.whole
 def test_a_cut_student_is_nearer_too(decoder: Path, tmp_path: Path, walks: DataSets) -> None:
     """Same cut, same steps: once trained as floats and rounded then, once trained on the grid."""
     _skip_without("onnx:int4")

@@ -122,6 +122,7 @@ def test_processes_tell_each_other_what_they_need(encoder: Path, tmp_path: Path,
     assert (first["there"], second["there"]) == (False, True)
 
 
+@pytest.mark.whole
 def test_two_processes_have_the_loss_curve_of_one(
     encoder: Path, tiny_llama: Path, tmp_path: Path, sentences: list[str]
 ):

@@ -114,6 +114,7 @@ def _lives(teacher: Path, place: Path, jobs: list[dict[str, object]], sentences:
     return report
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_killed_encoder_run_ends_with_the_same_bytes(encoder: Path, tmp_path: Path, sentences: list[str]):
     config = {"loss": {"embedding_cosine": 1.0, "embedding_gram": 1.0}, "save_every": 4}
@@ -134,6 +135,7 @@ def test_a_killed_encoder_run_ends_with_the_same_bytes(encoder: Path, tmp_path: 
         assert report[name]["left"] == report["whole"]["left"], name
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_killed_decoder_run_ends_with_the_same_bytes(tiny_llama: Path, tmp_path: Path, sentences: list[str]):
     config = {"loss": {"forward_kl": 0.9, "cross_entropy": 0.1, "hidden_states": 0.1}, "save_every": 3}
@@ -175,6 +177,7 @@ def test_killed_at_every_step_with_everything_that_has_a_state(tiny_llama: Path,
     assert card["steps"] < 12
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_killed_run_with_a_teacher_cache_ends_with_the_same_bytes(
     tiny_llama: Path, tmp_path: Path, sentences: list[str]
@@ -195,6 +198,7 @@ def test_a_killed_run_with_a_teacher_cache_ends_with_the_same_bytes(
     assert not any(name.startswith("tokens-") for name in report["shared"]["left"])
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_killed_run_on_the_grid_ends_with_the_same_bytes(tiny_llama: Path, tmp_path: Path, sentences: list[str]):
     pytest.importorskip("onnxruntime")

@@ -189,6 +189,7 @@ def test_layers_that_are_computed_again_write_the_same(tiny_llama: Path, tmp_pat
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.whole
 def test_a_run_goes_on_from_each_step_with_the_same_bytes(tiny_llama: Path, tmp_path: Path, data: DataSets):
     config = _config(
         on_policy={**WRITING, "ratio": 0.7, "replay": 12, "replay_ratio": 0.5, "adapt_every": 3, "top_p": 0.9},

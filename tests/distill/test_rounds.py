@@ -83,6 +83,7 @@ def test_too_few_steps_for_the_rounds_is_one_clear_line(tiny_llama: Path, tmp_pa
         _run(tiny_llama, tmp_path, data, {"layers": 2, "steps": 4}, max_steps=3)
 
 
+@pytest.mark.whole
 def test_interrupted_anywhere_it_ends_with_the_same_bytes(
     tiny_llama: Path, tmp_path: Path, data: DataSets, monkeypatch: pytest.MonkeyPatch
 ):

@@ -106,6 +106,7 @@ def _run(teacher: Path, place: Path, data: DataSets, cut: int = 0, **changes: An
     )  # fmt: skip
 
 
+@pytest.mark.whole
 def test_a_streamed_run_that_was_cut_sees_the_same_windows(tiny_llama: Path, tmp_path: Path, data: DataSets):
     whole = _run(tiny_llama, tmp_path / "whole", data)
     for cut in (1, 3, 4, 6):

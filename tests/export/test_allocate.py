@@ -73,6 +73,7 @@ def test_a_budgeted_artifact_passes_verification(
     assert verdict.passed, [check for check in verdict.checks if not check.passed]
 
 
+@pytest.mark.whole
 def test_more_bytes_lose_less_and_llama_cpps_own_rounding_loses_more(
     tiny_llama: Path, sizes: dict[str, int], texts: Texts, tmp_path: Path
 ) -> None:

@@ -86,6 +86,7 @@ def _app(artifact: Artifact, language: Any, out: Path) -> str:
     return write_app(artifact.path, language, out).read_text(encoding="utf-8")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("case", CASES)
 def test_python_says_what_our_session_says(case: str, artifacts: Any, predicting: Any, tmp_path: Path) -> None:
     artifact = artifacts(case)

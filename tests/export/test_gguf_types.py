@@ -123,6 +123,7 @@ def floats(models: dict[str, Path], tiny_bert: Path, tiny_classifier: Path, tmp_
     return {name: export(path, root / name, ExportConfig(to="gguf:f32")).entry for name, path in every.items()}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("file_type", PLAIN)
 @pytest.mark.parametrize("name", ["whole", "wide", "odd", "strange", "bert", "classifier"])
 def test_the_file_is_the_one_that_llama_cpp_makes(
@@ -156,6 +157,7 @@ WEIGHED = ["q4_0-imatrix", "q5_0-imatrix", "q4_k_m-imatrix", "iq4_xs-imatrix", "
            "q2_k_s", "iq2_xxs", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]  # fmt: skip
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", ["wide", "odd"])
 @pytest.mark.parametrize("quantisation", WEIGHED)
 def test_with_an_importance_matrix_the_tensors_are_those_of_llama_cpp(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_an_unknown_target_is_refused_with_those_that_there_are(text: str) -> No
 @pytest.mark.parametrize("scheme", list(SCHEMES))
 def test_each_scheme_names_a_class_that_exists(scheme: str) -> None:
     kind = SCHEMES[scheme]
-    assert str(parse_target(kind.form.partition(":")[0])) in (scheme, f"{scheme}://")
+    assert str(parse_target(re.split(r"[:\[]", kind.form)[0])) in (scheme, f"{scheme}://")
     if kind.opens:
         module, _, attribute = kind.opens.partition(":")
         assert hasattr(importlib.import_module(f"edgestill.runtimes.transports.{module}"), attribute)
