@@ -98,8 +98,8 @@ def parse_target(text: str) -> TargetName:
     """
     scheme, _, address = text.strip().partition(":")
     if scheme not in SCHEMES:
-        known = ", ".join(kind.form for kind in SCHEMES.values())
-        raise UsageError(f"unknown target {text!r}", hint=f"{nearest(scheme, list(SCHEMES))} (known: {known})")
+        hint = f"{nearest(scheme, list(SCHEMES))}; `edgestill devices list` shows how each is written"
+        raise UsageError(f"unknown target {text!r}", hint=hint)
     return TargetName(scheme, address.removeprefix("//") if scheme == "ssh" else address)
 
 

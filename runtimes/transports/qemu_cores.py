@@ -80,7 +80,6 @@ def find_core(name: str) -> Core:
     True
     """
     if name not in CORES:
-        known = ", ".join(f"qemu:{core}" for core in CORES)
         what = f"qemu:{name}: no such core" if name else "qemu: which core?"
-        raise UsageError(what, hint=f"{nearest(name, list(CORES))} (known: {known})" if name else f"known: {known}")
+        raise UsageError(what, hint=nearest(name, list(CORES)))
     return CORES[name]

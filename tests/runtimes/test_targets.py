@@ -21,7 +21,7 @@ def test_host_is_this_machine() -> None:
 def test_an_unknown_target_is_refused_with_those_that_there_are(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         open_target(text)
-    assert "host" in caught.value.hint
+    assert "host" in caught.value.hint, caught.value.hint
 
 
 @pytest.mark.parametrize("scheme", list(SCHEMES))
