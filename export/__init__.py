@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,9 @@ def export(
 
     folder = open_model(model)
     writer.check_room(out, 2 * folder.size_bytes + (64 << 20))
+    aside = ThreadPoolExecutor(1)
+    identity = aside.submit(lambda: folder.model_id)  # a hash of all weights: meanwhile they are checked and written
+    aside.shutdown(wait=False)
     writer.check_model(folder)
     budget = config.parsed
     chosen: Chosen | None = None
@@ -103,7 +107,7 @@ def export(
                 minimum_runtime=draft.minimum_runtime,
                 lineage={
                     **(lineage or {}),
-                    "model_id": folder.model_id,
+                    "model_id": identity.result(),
                     "versions": {"edgestill": __version__, **writer.versions("numpy", *PACKAGES[form])},
                 },
                 license=folder.license,
