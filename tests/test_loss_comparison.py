@@ -211,6 +211,7 @@ compare_losses(LossCompareConfig(Path({recipe!r}), ("forward_kl", "jsd:0.3"), 1,
 """
 
 
+@pytest.mark.whole
 def test_killed_and_called_again_it_ends_as_if_undisturbed(
     compared: tuple[Path, Any], tmp_path: Path, tiny_llama: Path, text: Path
 ) -> None:

@@ -60,6 +60,7 @@ def checks(verdict):
     return {check.name: check for check in verdict.checks}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("to", ["gguf:f16", "gguf:q4_0", "onnx:int4", "onnx:fp32", "coreml:fp16"])
 @pytest.mark.parametrize("model", ["tiny_bert", "tiny_llama"])
 def test_a_bare_file_is_judged_as_well_as_an_artifact(model, to, text, tmp_path, request):

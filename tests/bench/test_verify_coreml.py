@@ -52,6 +52,7 @@ def _failures(verdict: Any) -> dict[str, Any]:
 CASES = (("pal4-g16", "pal4-g16"), ("sparse50-int8", "sparse50-int8-channel"))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("quantisation", "grid"), CASES)
 def test_it_passes(quantisation: str, grid: str, wide_bert: Path, reference: Path, tmp_path: Path) -> None:
     artifact = export(wide_bert, tmp_path / "a", ExportConfig(to=f"coreml:{quantisation}"))

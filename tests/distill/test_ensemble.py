@@ -194,6 +194,7 @@ def test_held_out_text_is_measured_against_the_mean_at_1(tiny_llama: Path, llama
     assert alone == 0.0
 
 
+@pytest.mark.whole
 def test_two_teachers_write_and_judge_and_a_run_goes_on(tiny_llama: Path, llama2: Path, tmp_path: Path, data: DataSets):
     writing = {"prompt_tokens": 3, "new_tokens": 4}
     config = _config(

@@ -104,6 +104,7 @@ def _answers(place: Path, name: str, world: int) -> list[dict]:
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
 
+@pytest.mark.whole
 def test_processes_tell_each_other_what_they_need(encoder: Path, tmp_path: Path, sentences: list[str]):
     config = {"loss": {"embedding_cosine": 1.0}, "batch_size": 3}
     odd = {"name": "odd", "world": 2, "teacher": str(encoder), "config": config, "fails": True}

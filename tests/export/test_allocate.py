@@ -61,6 +61,7 @@ def test_the_file_fits_and_is_close(
     assert len([name for name in artifact.manifest.dtype_histogram if name not in ("f32", "f16")]) > 1
 
 
+@pytest.mark.whole
 def test_a_budgeted_artifact_passes_verification(
     tiny_llama: Path, sizes: dict[str, int], texts: Texts, tmp_path: Path
 ) -> None:
@@ -87,6 +88,7 @@ def test_more_bytes_lose_less_and_llama_cpps_own_rounding_loses_more(
     assert losses[1] < 0.8 * losses[2]
 
 
+@pytest.mark.whole
 def test_sensitivities_are_kept_and_used_again(
     tiny_llama: Path, sizes: dict[str, int], texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +163,7 @@ def test_replaying_layers_changes_nothing(tiny_llama: Path, texts: Texts) -> Non
     assert ruler.distance({}) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.whole
 def test_an_encoder_and_a_classifier_have_budgets_too(
     tiny_bert: Path, tiny_classifier: Path, sentences: list[str], tmp_path: Path
 ) -> None:
