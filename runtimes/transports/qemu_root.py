@@ -8,22 +8,20 @@ maintainer script runs and nothing needs root. A step that is done is kept when 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import re
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from ...archives import extract_zip
-from ...errors import BadInput, EdgestillError, MissingDependency, ResourceExhausted
-from ...fetch import cache_folder
+from ...errors import EdgestillError, MissingDependency, ResourceExhausted
+from ...fetch import cache_folder, cache_lock
 from ...files import atomic_write, disk_errors, hash_json
 from ...progress import Progress, silent
 from ...registries import download_pypi
@@ -93,7 +91,8 @@ def build_root(cache: Path | None = None, *, progress: Progress = silent) -> Roo
     emulator = find_emulator("aarch64")
     if shutil.which("mmdebstrap") is None:
         raise MissingDependency("mmdebstrap is not installed", hint="apt-get install mmdebstrap")
-    with _locked(folder, progress):
+    lock = folder.parent / f"{folder.name}.lock"
+    with cache_lock(lock, lambda: progress("waiting for another process that builds it")):
         if (folder / _STAMP).is_file():
             return Root(folder, versions)
         partial = folder.parent / f"{folder.name}.partial"
@@ -131,24 +130,6 @@ def _versions() -> dict[str, str]:
 def _folder(versions: Mapping[str, str], cache: Path | None) -> Path:
     key = hash_json([_RECIPE, _SUITE, _PACKAGES, dict(versions), sorted(CORES)])[:16]
     return (cache or cache_folder()) / "roots" / f"aarch64-{key}"
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, progress: Progress) -> Iterator[None]:
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        handle = (folder.parent / f"{folder.name}.lock").open("a")
-    except OSError as error:
-        raise BadInput(
-            f"the cache folder {folder.parent} can't be written: {error.strerror}", hint="set EDGESTILL_CACHE"
-        ) from None
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            progress("waiting for another process that builds it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield  # closing the file releases the lock
 
 
 def _system(partial: Path, progress: Progress) -> None:
