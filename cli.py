@@ -42,6 +42,7 @@ To = Annotated[
 ]
 
 _INTERRUPTED = 130
+_ONE_PIECE = {"bench", "verify", "lm-eval", "plan", "doctor", "report"}  # they keep nothing of what they have begun
 
 
 @app.callback(invoke_without_command=True)
@@ -288,5 +289,6 @@ def main() -> None:
             error = UsageError(error.format_message(), hint="edgestill --help, or edgestill COMMAND --help")
         code = fail(error)
     if code == _INTERRUPTED:
-        say("interrupted; the same command goes on where it stopped")
+        again = "starts anew" if _ONE_PIECE & set(sys.argv[1:2]) else "goes on where it stopped"
+        say(f"interrupted; the same command {again}")
     sys.exit(code)
