@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from ..records import Measurement
+from .results import Results
 
 __all__ = ["COLUMNS", "to_csv"]
 
@@ -22,12 +22,7 @@ COLUMNS = (
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-class _Measured(Protocol):
-    @property
-    def measurements(self) -> Sequence[Measurement]: ...
-
-
-def to_csv(results: _Measured) -> str:
+def to_csv(results: Results) -> str:
     """A header and a row a measurement; what is not known is an empty cell. Numbers are written so that reading them
     gives the same float; a text that a spreadsheet would run as a formula gets an apostrophe before it."""
     out = io.StringIO(newline="")

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Protocol
 
 from ...files import canonical_json
-from ..records import Measurement
+from .results import Results
 
 __all__ = ["to_json_lines"]
 
 
-class _Measured(Protocol):
-    @property
-    def measurements(self) -> Sequence[Measurement]: ...
-
-
-def to_json_lines(results: _Measured) -> str:
+def to_json_lines(results: Results) -> str:
     """Everything that was measured, raw samples included; the others (comparisons) can be computed from it."""
     return "".join(canonical_json(dataclasses.asdict(row)) + "\n" for row in results.measurements)

@@ -13,37 +13,18 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from ..compare import Comparison
 from ..gates import GateResult
 from ..metrics import METRICS
 from ..records import Measurement, Verdict
+from .results import Results
 
 __all__ = ["to_junit"]
 
 # Characters that XML 1.0 can't hold in any spelling.
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
-class _Everything(Protocol):
-    @property
-    def measurements(self) -> Sequence[Measurement]: ...
-
-    @property
-    def comparisons(self) -> Sequence[Comparison]: ...
-
-    @property
-    def verdicts(self) -> Sequence[Verdict]: ...
-
-    @property
-    def gates(self) -> Sequence[GateResult]: ...
-
-    @property
-    def decisions(self) -> Sequence[Any]: ...
-
-    @property
-    def problems(self) -> Sequence[tuple[str, str]]: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +37,7 @@ class _Case:
     line: str = ""
 
 
-def to_junit(results: _Everything, *, now: datetime.datetime | None = None) -> str:
+def to_junit(results: Results, *, now: datetime.datetime | None = None) -> str:
     """One suite each for verdicts, gates, comparisons and measurements, as far as there are any. ``now`` (UTC) is what
     the suites are dated with."""
     taken = (now or datetime.datetime.now(datetime.UTC)).strftime("%Y-%m-%dT%H:%M:%S")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from ..records import Measurement
+from .results import Results
 
 __all__ = ["FIELDS", "to_llama_bench"]
 
@@ -27,12 +27,7 @@ FIELDS = (
 _TESTS = ("prefill_tokens_per_s", "decode_tokens_per_s", "decode_at_depth_tokens_per_s")
 
 
-class _Measured(Protocol):
-    @property
-    def measurements(self) -> Sequence[Measurement]: ...
-
-
-def to_llama_bench(results: _Measured) -> str:
+def to_llama_bench(results: Results) -> str:
     """A test for each prefill and each decode speed that was taken; of rows without them, ``[]``."""
     sizes = {(row.subject, row.metric): row.summary.value for row in results.measurements if row.summary}
     tests = [

@@ -5,11 +5,11 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Sequence
-from typing import Protocol
 
 from ..compare import Comparison
 from ..metrics import METRICS
 from ..records import Measurement
+from .results import Results
 
 __all__ = ["to_markdown"]
 
@@ -19,15 +19,7 @@ _MARKS = {"better": " ✔", "worse": " ✘", "same": " =", "inconclusive": " ?"}
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~-])")
 
 
-class _Compared(Protocol):
-    @property
-    def measurements(self) -> Sequence[Measurement]: ...
-
-    @property
-    def comparisons(self) -> Sequence[Comparison]: ...
-
-
-def to_markdown(results: _Compared) -> str:
+def to_markdown(results: Results) -> str:
     """Headline values with their intervals and, against the baseline, the ratio and what can be said of it."""
     parts = ["# Measurements\n"]
     ratios = {(getattr(c, "target", "host"), c.subject, c.metric): c for c in results.comparisons}

@@ -6,18 +6,18 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from ...errors import BadInput, ResourceExhausted, UsageError, nearest
 from ...files import atomic_write
 from ..compare import Comparison
-from ..gates import GateResult
-from ..records import Measurement, Verdict
+from ..records import Measurement
 from .csv_table import to_csv
 from .json_lines import to_json_lines
 from .junit import to_junit
 from .llama_bench import to_llama_bench
 from .markdown import to_markdown
+from .results import Results
 from .sqlite import append_sqlite
 
 __all__ = ["FORMATS", "Format", "HasResults", "Results", "check_output", "write_results"]
@@ -34,18 +34,6 @@ class HasResults(Protocol):
     @property
     def comparisons(self) -> Sequence[Comparison]:
         """Each subject against the baseline."""
-
-
-@dataclass(frozen=True)
-class Results:
-    """Everything that can be written. ``decisions`` have ``metric subject outcome limit reason target``."""
-
-    measurements: tuple[Measurement, ...] = ()
-    comparisons: tuple[Comparison, ...] = ()
-    verdicts: tuple[Verdict, ...] = ()
-    gates: tuple[GateResult, ...] = ()
-    decisions: tuple[Any, ...] = ()
-    problems: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from __future__ import annotations
 import contextlib
 import datetime
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ... import __version__
 from ...errors import BadInput, ResourceExhausted
 from ...files import canonical_json, hash_json
-from ..compare import Comparison
-from ..records import Measurement, Verdict
+from ..records import Measurement
+from .results import Results
 
 __all__ = ["APPLICATION_ID", "SCHEMA", "append_sqlite"]
 
@@ -61,18 +61,7 @@ CREATE TABLE verdict_check (
 """
 
 
-class _Recorded(Protocol):
-    @property
-    def measurements(self) -> Sequence[Measurement]: ...
-
-    @property
-    def comparisons(self) -> Sequence[Comparison]: ...
-
-    @property
-    def verdicts(self) -> Sequence[Verdict]: ...
-
-
-def append_sqlite(results: _Recorded, path: Path) -> None:
+def append_sqlite(results: Results, path: Path) -> None:
     """Add one run to the database ``path``, which is made when it is not there.
 
     Raises :class:`BadInput` for a file that is no database, or one of another program or of a newer edgestill, and
@@ -107,7 +96,7 @@ def _prepare(base: sqlite3.Connection, path: Path) -> None:
         raise BadInput(f"{path} has schema {version}, this edgestill writes {_VERSION}", hint="choose another file")
 
 
-def _append(base: sqlite3.Connection, results: _Recorded) -> None:
+def _append(base: sqlite3.Connection, results: Results) -> None:
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     run = _insert(base, "run", {"written_at": now, "edgestill": __version__})
     for row in results.measurements:
