@@ -35,7 +35,7 @@ def to_markdown(results: Results) -> str:
         base = _escape(results.comparisons[0].baseline)
         parts.append(
             f"\n× is the ratio to {base}: ✔ better, ✘ worse, = the same within what was to be told apart, "
-            "? not decided by these measurements. Intervals at 95 %.\n"
+            "? not decided by these measurements. Intervals at 95 %; ratios are judged at 99 %.\n"
         )
     return "".join(parts)
 
