@@ -37,6 +37,14 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def _forget_names() -> None:
+    """Number operations from 0: coremltools does so after a conversion that ended well, but not after one that failed,
+    and then the same model would give other names, so other bytes."""
+    from coremltools.converters.mil import Builder
+
+    Builder.name_count.clear()
+
+
 def _made_by(value: Any, kinds: frozenset[str]) -> bool:
     return getattr(getattr(value, "op", None), "op_type", None) in kinds
 
@@ -63,6 +71,7 @@ def _convert(program: Any, example: tuple[Any, ...], precision: Precision, half:
     import torch
 
     ct = import_coremltools()
+    _forget_names()
     program.eval()
     with _quiet(), torch.no_grad():
         traced = torch.jit.trace(program, example, check_trace=False)

@@ -91,6 +91,22 @@ def test_two_exports_from_two_folders_are_equal(bert: Artifact, tiny_bert: Path,
         assert (again.path / path).read_bytes() == (bert.path / path).read_bytes(), path
 
 
+def test_an_export_after_one_that_failed_is_equal(
+    bert: Artifact, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """coremltools goes on with the numbers of a conversion that broke off; bytes must not depend on it."""
+
+    def breaks_off(*_: Any, **__: Any) -> None:
+        raise RuntimeError("broken off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("coremltools.converters.mil.backend.mil.load.load", breaks_off)
+        with pytest.raises(EdgestillError, match="broken off"):
+            export(tiny_bert, tmp_path / "failed", ExportConfig(to="coreml:fp16"))
+    again = export(tiny_bert, tmp_path / "again", ExportConfig(to="coreml:fp16"))
+    assert again.manifest.artifact_id == bert.manifest.artifact_id
+
+
 def test_package_names_no_place_and_no_date(bert: Artifact) -> None:
     text = (bert.entry / "Data/com.apple.CoreML/model.mlmodel").read_bytes()
     assert b"conversion_date" not in text
