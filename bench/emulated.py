@@ -157,7 +157,7 @@ def _rows(
         rows.append(
             Measurement(
                 subject=subject.name, metric=metric, unit=METRICS[metric].unit, source="emulated",
-                summary=summarise(taken, "median", seed=0) if taken else None, samples=taken, artifact_id=identity,
+                summary=summarise(taken, "median") if taken else None, samples=taken, artifact_id=identity,
                 runtime=info.runtime if info else "", runtime_version=info.version if info else "",
                 backend=info.backend if info else "", device=device_label(facts), threads=1,
                 protocol={**protocol, "noise_floor": 0.0 if metric in EXACT else NOISE}, environment=facts,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..recipe import GateConfig
-from .metrics import find_metric
+from .metrics import METRICS, find_metric
 from .records import Measurement
 
 __all__ = ["GateResult", "gates_exit_code", "judge"]
@@ -38,7 +38,8 @@ def judge(
     """Put every gate to every artifact, one result for each limit, subject and data set.
 
     ``min`` passes when the interval's lower bound reaches it, fails when its upper bound does not, and is
-    inconclusive between (``max`` likewise); without an interval the value decides. Rows taken with torch are
+    inconclusive between (``max`` likewise); without an interval the value decides, but for times and energies: how far
+    the next launch lies from a single one, nothing says, so they are inconclusive. Rows taken with torch are
     baselines, not artifacts: they are judged only when ``subjects`` names them. Where a metric was taken against
     both teacher and student, the teacher counts. A quantity that can't be taken here is ``not_measured``, with the
     reason of the measurement (the latency of a Core ML program off the Mac); one that nobody tried to take is
@@ -79,6 +80,11 @@ def _put(row: Measurement, limit: float, sense: Literal["at_most", "at_least"]) 
         return GateResult(
             row.metric, row.subject, "not_measured", limit, sense, against=row.against, data=row.data, reason=reason
         )
+    if unsure := _single(row):
+        return GateResult(
+            row.metric, row.subject, "inconclusive", limit, sense, summary.value, summary.low, summary.high,
+            row.against, row.data, unsure,
+        )  # fmt: skip
     low = summary.value if summary.low is None else summary.low
     high = summary.value if summary.high is None else summary.high
     sign = 1 if sense == "at_least" else -1
@@ -94,3 +100,15 @@ def _put(row: Measurement, limit: float, sense: Literal["at_most", "at_least"]) 
         row.metric, row.subject, outcome, limit, sense, summary.value, summary.low, summary.high, row.against,
         row.data, reason,
     )  # fmt: skip
+
+
+def _single(row: Measurement) -> str:
+    """Why a time or an energy was taken too seldom to be judged. (What is taken alone once in a run of several
+    launches, as decode speed at a depth, has its own interval.)"""
+    if row.source != "measured" or METRICS[row.metric].kind not in ("speed", "energy"):
+        return ""
+    if row.summary is None or row.summary.statistic != "median" or len(row.samples) > 1:
+        return ""
+    if row.protocol.get("launches") == 1:
+        return "a single launch: nothing says how much of it is noise; raise `launches`"
+    return "too few samples for an interval: raise `repeats`" if row.summary.low is None else ""

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from .statistics import Interval
+from .statistics import Interval, student_interval
 
 __all__ = ["DECISION_LEVEL", "half_width", "launch_value", "noise_floor", "paired_ratio"]
 
@@ -63,18 +63,16 @@ def _student(
     left: npt.NDArray[np.float64], right: npt.NDArray[np.float64], level: float
 ) -> tuple[float, float]:  # fmt: skip
     """Mean difference and half the width of its interval: paired, or Welch's."""
-    from scipy.special import stdtrit  # Student's quantile, without the machinery of scipy.stats
-
-    tail = (1 + level) / 2
     if len(left) == len(right):
-        gaps = left - right
-        return float(gaps.mean()), float(stdtrit(len(gaps) - 1, tail) * gaps.std(ddof=1) / math.sqrt(len(gaps)))
+        return student_interval(left - right, level)
+    from scipy.special import stdtrit
+
     parts = [side.var(ddof=1) / len(side) for side in (left, right)]
     centre, total = float(left.mean() - right.mean()), float(sum(parts))
     if total == 0:
         return centre, 0.0
     freedom = total**2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, (left, right), strict=True))
-    return centre, float(stdtrit(freedom, tail) * math.sqrt(total))
+    return centre, float(stdtrit(freedom, (1 + level) / 2) * math.sqrt(total))
 
 
 def half_width(interval: Interval) -> float:

@@ -126,7 +126,7 @@ def _row(
     summary = None
     if samples and record.failure is None and metric not in record.missing:
         statistic: Literal["median", "max"] = "max" if METRICS[metric].kind == "memory" else "median"
-        summary = summarise(samples, statistic, seed=config.seed)
+        summary = summarise(samples, statistic)
     return _measurement(record, metric, summary, samples, config, protocol, place)
 
 
@@ -173,7 +173,7 @@ def _depth(
 ) -> Measurement:  # fmt: skip
     name = "decode_at_depth_tokens_per_s"
     samples = (tuple(record.depths[depth]),) if depth in record.depths else ()
-    summary = summarise(samples, "median", seed=config.seed) if samples and record.failure is None else None
+    summary = summarise(samples, "median") if samples and record.failure is None else None
     reason = record.missing.get(f"depth {depth}")
     how = {**protocol, "depth": depth}
     return _measurement(record, name, summary, samples, config, how, place, context=depth, reason=reason)

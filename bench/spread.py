@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from .statistics import student_interval
+
 __all__ = ["Spread", "Winner", "find_winner", "spread"]
 
 
@@ -47,10 +49,8 @@ def spread(values: Sequence[float], level: float = 0.95) -> Spread:
     mean = math.fsum(values) / count
     if count == 1:
         return Spread(tuple(values), mean)
-    from scipy.stats import t
-
     sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    half = float(t.ppf((1 + level) / 2, count - 1)) * sd / math.sqrt(count)
+    half = student_interval(values, level)[1]
     return Spread(tuple(values), mean, sd, mean - half, mean + half)
 
 

@@ -1,9 +1,11 @@
 """Statistics of measurements: bootstrap intervals over launches, supported percentiles, ratios.
 
 Inferences of one process share its memory layout, its caches and its neighbours, so samples of one launch are not
-independent: intervals resample launches first (Kalibera & Jones, *Rigorous benchmarking in reasonable time*, 2013).
-With the few groups that a run can afford, a plain percentile interval is too narrow; its tails are moved out by the
-rule of Hesterberg, *What teachers should know about the bootstrap*, 2014 ("expanded percentile interval").
+independent: the launch is the unit (Kalibera & Jones, *Rigorous benchmarking in reasonable time*, 2013). A run affords
+three to ten of them, and a bootstrap of three can't leave the range of three numbers: it misses the truth one time in
+four. So launches get Student's interval (:func:`summarise`), and the bootstrap is for documents and examples, of which
+there are many; its tails are moved out by the rule of Hesterberg, *What teachers should know about the bootstrap*,
+2014 ("expanded percentile interval").
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ __all__ = [
     "Interval",
     "bootstrap_interval",
     "ratio_interval",
+    "student_interval",
     "summarise",
     "supported_percentiles",
 ]
@@ -76,6 +79,22 @@ def bootstrap_interval(
     return _tails(drawn, level, len(members))
 
 
+def student_interval(values: npt.ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """The mean of ``values [n]``, one an independent unit, and half the width of Student's interval on it.
+
+    >>> centre, half = student_interval([1.0, 2.0, 3.0])
+    >>> centre, round(half, 3)
+    (2.0, 2.484)
+    """
+    from scipy.special import stdtrit  # Student's quantile, without the machinery of scipy.stats
+
+    units = np.asarray(values, dtype=np.float64)
+    if len(units) < 2:
+        raise ValueError(f"an interval needs at least 2 independent samples or groups, got {len(units)}")
+    quantile = float(stdtrit(len(units) - 1, (1 + level) / 2))
+    return float(units.mean()), float(quantile * units.std(ddof=1) / math.sqrt(len(units)))
+
+
 def ratio_interval(
     a: Launches,
     b: Launches,
@@ -127,14 +146,14 @@ def summarise(
     statistic: Literal["median", "mean", "max", "sum", "exact"] = "median",
     *,
     level: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
 ) -> Summary:
     """The summary of raw samples, one list per launch: value, interval, and the percentiles that ``n`` supports.
 
-    No interval for ``max`` and ``exact`` (a bootstrap can't see beyond the largest sample) nor for a single sample.
-    With one launch the interval is of that launch alone. Raises :class:`ValueError` when there is no sample, or
-    when samples called exact differ.
+    The interval is Student's over launches, each reduced to its own median or mean; of logarithms where all are
+    positive (noise multiplies, and no time is below zero). With one launch the interval speaks of that launch alone,
+    not of the next: between two order statistics for the median (distribution-free; six samples or more), Student's
+    for the mean. None for ``max`` and ``exact`` (nothing sees beyond the largest sample), nor for a single sample.
+    Raises :class:`ValueError` when there is no sample, or when samples called exact differ.
     """
     launches = [np.asarray(launch, dtype=np.float64) for launch in samples_per_launch if len(launch)]
     if not launches:
@@ -147,17 +166,43 @@ def summarise(
         if values.min() != values.max():
             raise ValueError(f"samples called exact differ: {values.min()} to {values.max()}")
         return Summary(float(values[0]), "exact", n, level=level)
-    value = float(_REDUCERS[statistic](values[None, :])[0])
+    reducer = _REDUCERS[statistic]
+    value = float(reducer(values[None, :])[0])
     percentiles = {f"p{p}": float(np.quantile(values, p / 100, method="higher")) for p in supported_percentiles(n)}
     if statistic in ("max", "sum"):
         return Summary(value, statistic, n, level=level, percentiles=percentiles if statistic == "max" else {})
-    if n < 2:
-        return Summary(value, statistic, n, level=level)
-    groups = np.repeat(np.arange(len(launches)), [len(launch) for launch in launches]) if len(launches) > 1 else None
-    low, high = bootstrap_interval(
-        values, statistic, groups=groups, within=True, level=level, resamples=resamples, seed=seed
-    )
+    low: float | None
+    high: float | None
+    if len(launches) > 1:
+        low, high = _over_launches(np.array([reducer(launch[None, :])[0] for launch in launches]), level)
+    elif statistic == "median":
+        low, high = _order_statistics(values, level)
+    else:
+        low, high = _over_launches(values, level) if n > 1 else (None, None)
+    if low is not None and high is not None:  # the middle of all samples need not be that of the launches' middles
+        low, high = min(low, value), max(high, value)
     return Summary(value, statistic, n, low, high, level, percentiles)
+
+
+def _over_launches(units: Floats, level: float) -> tuple[float, float]:
+    if units.min() > 0:
+        centre, half = student_interval(np.log(units), level)
+        return math.exp(centre - half), math.exp(centre + half)
+    centre, half = student_interval(units, level)
+    return centre - half, centre + half
+
+
+def _order_statistics(values: Floats, level: float) -> tuple[float | None, float | None]:
+    """The narrowest symmetric pair of sorted samples that holds the median with probability ``level``, by the binomial
+    distribution with p = 1/2 (Conover, *Practical nonparametric statistics*); none where even the range does not."""
+    from scipy.special import bdtr
+
+    n = len(values)
+    left_out = int(np.searchsorted(2 * bdtr(np.arange(n // 2), n, 0.5), 1 - level, side="right"))
+    if not left_out:
+        return None, None
+    ordered = np.sort(values)
+    return float(ordered[left_out - 1]), float(ordered[n - left_out])
 
 
 def _members(n: int, groups: npt.ArrayLike | None) -> list[npt.NDArray[np.intp]]:

@@ -70,3 +70,17 @@ def test_a_gate_that_nothing_answers_is_inconclusive():
 def test_unknown_metric_names_the_nearest():
     with pytest.raises(RecipeError, match="top1_agreement"):
         judge([row()], {"top1_agrement": GateConfig(min=0.9)})
+
+
+@pytest.mark.parametrize(
+    ("launches", "low", "outcome"), [(1, 1.0, "inconclusive"), (5, None, "inconclusive"), (5, 1.0, "pass")]
+)
+def test_a_time_that_was_taken_once_decides_nothing(launches, low, outcome):
+    """Launches differ by themselves; what was taken alone in a run of several has its own interval."""
+    once = row(
+        "latency_ms", summary=Summary(2.0, "median", 9, low, low and 3.0), samples=((2.0,) * 9,),
+        protocol={"launches": launches},
+    )  # fmt: skip
+    (result,) = judge([once], {"latency_ms": GateConfig(max=5)})
+    assert (result.outcome, result.value) == (outcome, 2.0)
+    assert ("raise" in result.reason) == (outcome == "inconclusive")

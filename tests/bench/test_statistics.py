@@ -7,6 +7,7 @@ from scipy import stats
 from edgestill.bench.statistics import (
     bootstrap_interval,
     ratio_interval,
+    student_interval,
     summarise,
     supported_percentiles,
 )
@@ -93,6 +94,54 @@ def test_the_summary_sees_the_spread_between_launches() -> None:
     assert summary.high is not None
     assert summary.low < 9.1
     assert summary.high > 10.9
+
+
+# Launches that differ among themselves more, as much, and less than their samples do: logarithms, the truth is 0.
+NOISES = {
+    "launches differ": lambda g, k, m: g.normal(0, 0.02, (k, 1)) + g.normal(0, 0.002, (k, m)),
+    "both": lambda g, k, m: g.normal(0, 0.02, (k, 1)) + g.normal(0, 0.02, (k, m)),
+    "samples differ": lambda g, k, m: g.normal(0, 0.002, (k, 1)) + g.normal(0, 0.05, (k, m)),
+}
+
+
+@pytest.mark.parametrize("launches", [3, 5, 10])
+@pytest.mark.parametrize("noise", NOISES)
+def test_the_interval_of_few_launches_covers_the_truth(noise, launches):
+    """At least 93 of 100 (95, less the error of 800 trials), and not 100: the interval is no wider than it must be."""
+    generator, trials = np.random.default_rng(launches), 800
+    hits = 0
+    for _ in range(trials):
+        taken = 10 * np.exp(NOISES[noise](generator, launches, 9))
+        summary = summarise([list(launch) for launch in taken])
+        assert summary.low <= summary.value <= summary.high
+        hits += summary.low <= 10 <= summary.high
+    assert 0.93 <= hits / trials <= 0.98
+
+
+def test_the_interval_over_launches_is_students_of_their_logarithms():
+    launches = [[1.0, 2.0, 9.0], [2.5], [3.0, 4.0]]
+    logs = np.log([2.0, 2.5, 3.5])
+    expected = np.exp(stats.t.interval(0.95, 2, loc=logs.mean(), scale=stats.sem(logs)))
+    found = summarise(launches)
+    assert (found.low, found.high) == pytest.approx(tuple(expected))
+    assert found.value == 2.75
+    means = summarise([[0.0, 2.0], [3.0], [-1.0]], "mean")  # not all positive: as they are
+    expected = stats.t.interval(0.95, 2, loc=1, scale=stats.sem([1, 3, -1]))
+    assert (means.low, means.high) == pytest.approx(expected)
+    assert student_interval([4.0, 4.0]) == (4.0, 0.0)
+
+
+def test_one_launch_speaks_of_its_own_median():
+    """scipy's binomial interval of the median: the samples between which it lies, whatever their distribution."""
+    values = list(np.random.default_rng(8).exponential(1, 40))
+    found = summarise([values])
+    left_out = int(stats.binom.ppf(0.025, 40, 0.5))
+    assert (found.low, found.high) == (sorted(values)[left_out - 1], sorted(values)[40 - left_out])
+    assert summarise([values[:5]]).low is None  # the range of five holds it in 93.75 of 100
+    assert (summarise([values[:6]]).low, summarise([values[:6]]).high) == (min(values[:6]), max(values[:6]))
+    logs = np.log([1, 2, 3])
+    low, _ = stats.t.interval(0.95, 2, loc=logs.mean(), scale=stats.sem(logs))
+    assert summarise([[1.0, 2.0, 3.0]], "mean").low == pytest.approx(np.exp(low))
 
 
 def test_exact_and_max_have_no_interval() -> None:
