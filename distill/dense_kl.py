@@ -32,7 +32,8 @@ class _ForwardKL(torch.autograd.Function):
         # normalisers are as large as log V, so their difference is taken before it is rounded to fp32.
         shift = (p_sum.double().log() - q_sum.double().log()).to(gap.dtype)
         gap.sub_(ours).sub_(shift)
-        gap.masked_fill_(p == 0, 0.0)  # 0 · −inf
+        if gap.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(gap)):
+            gap.masked_fill_(p == 0, 0.0)  # 0 · −inf
         ctx.save_for_backward(p, p_sum, q, q_sum)
         ctx.temperature = temperature
         return gap.mul_(p).sum(-1) / p_sum.squeeze(-1)
