@@ -152,7 +152,8 @@ class DistillTrainer(transformers.Trainer):
         else:
             with self._signals():
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if not self.is_over:
+        # Asked in the last step, too: what comes after the training may take as long.
+        if ranks.add_counts({STOP: int(self._asked_to_stop)})[STOP] or not self.is_over:
             raise KeyboardInterrupt
         if self._stopping is not None:
             self._stopping.restore()

@@ -303,13 +303,16 @@ def test_tensorboard_gets_the_curves_in_the_work_folder(tiny_llama: Path, tmp_pa
     assert "TENSORBOARD_LOGGING_DIR" not in os.environ
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_goes_on_where_it_stopped(number: int, tiny_llama: Path, tmp_path: Path, data: DataSets):
+@pytest.mark.parametrize(("number", "in_step", "ends_after"), [(signal.SIGINT, 4, 5), (signal.SIGTERM, 4, 5),
+                                                              (signal.SIGINT, 8, 8)])  # fmt: skip
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    number: int, in_step: int, ends_after: int, tiny_llama: Path, tmp_path: Path, data: DataSets
+):
     told: list[str] = []
 
     def interrupt(text: str, part: float | None = None) -> None:
         told.append(text)
-        if text.startswith("step 4 "):
+        if text.startswith(f"step {in_step} "):
             os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
@@ -317,11 +320,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(number: int, tiny_llama: Pa
         _run(tiny_llama, tmp_path / "cut", data, GENERATION, save_every=1000, progress=interrupt)
     assert signal.getsignal(number) is before
     assert "stopping after this step; once more stops at once" in told
-    assert [path.name for path in (tmp_path / "cut" / "work").glob("checkpoint-*")] == ["checkpoint-5"]
+    assert [path.name for path in (tmp_path / "cut" / "work").glob("checkpoint-*")] == [f"checkpoint-{ends_after}"]
     assert not (tmp_path / "cut" / "out").exists()
     steps: list[str] = []
     again = _run(tiny_llama, tmp_path / "cut", data, GENERATION, save_every=1000,
                  progress=lambda text, part=None: steps.append(text))  # fmt: skip
-    assert next(text for text in steps if text.startswith("step")).startswith("step 6 ")
+    assert next((text for text in steps if text.startswith("step ")), "step 9 ").startswith(f"step {ends_after + 1} ")
     whole = _run(tiny_llama, tmp_path / "whole", data, GENERATION)
     assert hash_tree(again.path) == hash_tree(whole.path)
