@@ -8,6 +8,7 @@ from pathlib import Path
 from .artifact import open_artifact
 from .bench.imported.reading import read_results
 from .bench.records import Measurement, read_measurements, write_measurements
+from .files import check_place
 
 __all__ = ["ImportRequest", "ImportResult", "import_results"]
 
@@ -34,6 +35,8 @@ class ImportResult:
 
 def import_results(request: ImportRequest) -> ImportResult:
     """Read all files, or none: a file that can't be read leaves ``out`` as it is."""
+    if request.out is not None:
+        check_place(request.out)
     subject, identity = None, ""
     if request.artifact is not None:
         artifact = open_artifact(request.artifact)

@@ -90,9 +90,12 @@ def bench(
         from .bench.formats.output import check_output, write_results
         from .benchmark import BenchRequest, Effort, bench_subjects
         from .errors import UsageError
+        from .files import check_place
 
         for path in out:
             check_output(path, form)  # before minutes are spent
+        if profile_page is not None:
+            check_place(profile_page)
         if quick and thorough:
             raise UsageError("--quick and --thorough", hint="one of them")
         accuracy = None
@@ -131,6 +134,27 @@ def import_results(
     from .bench_import import import_results as read
 
     emit(read(ImportRequest(tuple(files), device, artifact, out)), as_json)
+
+
+@benching.command("export")
+def export_results(
+    source: Annotated[Path, typer.Argument(help="A run folder, or measurements (JSON lines).")],
+    out: Annotated[
+        list[Path], typer.Option(help="x.jsonl, .csv, .md, .sqlite (appended), .junit.xml or .llama-bench.json.")
+    ],
+    form: Annotated[
+        str | None, typer.Option("--format", help="The format of --out, where its name does not say it.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="The subject that others are compared with; by default the first.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write what was measured before in other formats; nothing is run."""
+    from .bench_export import BenchExportRequest
+    from .bench_export import export_results as export
+
+    emit(export(BenchExportRequest(source, tuple(out), form, baseline)), as_json)
 
 
 @benching.command("parity")

@@ -21,6 +21,7 @@ __all__ = [
     "atomic_write",
     "canonical_json",
     "check_links",
+    "check_place",
     "hash_bytes",
     "hash_file",
     "hash_json",
@@ -142,6 +143,22 @@ def disk_errors(path: Path) -> Iterator[None]:
                 hint="raise the limit (ulimit -f), or choose a file system for files of this size",
             ) from error
         raise
+
+
+def check_place(path: Path) -> None:
+    """That a file can be written to ``path``, for commands to ask before they spend minutes on its content.
+
+    Raises :class:`BadInput` for a folder, and for a file in a folder that is not there (a slip of the pen more often
+    than a wish: it is not made) or that may not be written to.
+    """
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder", hint="name a file in it")
+    if not path.parent.exists():
+        raise BadInput(f"{path} can't be written: there is no folder {path.parent}", hint=f"mkdir -p '{path.parent}'")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise BadInput(
+            f"{path} can't be written: {path.parent} is no folder that you may write to", hint="choose another"
+        )
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:

@@ -10,7 +10,7 @@ from typing import get_args
 
 from .artifact import Task
 from .errors import RecipeError, UsageError
-from .files import atomic_write
+from .files import atomic_write, check_place
 from .inspection import Inspection, inspect_model
 from .recipe import parse_recipe
 
@@ -62,6 +62,7 @@ def init_recipe(config: InitConfig) -> Path:
     out = config.out or Path(f"{name}.toml")
     if out.exists():
         raise UsageError(f"{out} exists", hint="pass --out with another name, or remove it")
+    check_place(out)
     if config.distill is not None and not 0 < config.distill <= found.layers:
         raise UsageError(
             f"--distill {config.distill}: the model has {found.layers} layers", hint="keep 1 to all of them"

@@ -37,7 +37,7 @@ from .judging import Judge, Subjects
 from .quantisation import Budget
 from .recipe import DistillConfig, ExportConfig, Recipe, find_recipe, load_recipe
 from .recipe_text import dump_recipe
-from .stages import Observer, RunFolder
+from .stages import Observer, RunFolder, find_run
 
 if TYPE_CHECKING:
     from .checkpoints import ModelFolder
@@ -78,9 +78,7 @@ def run_recipe(config: RunConfig, observer: Observer | None = None) -> RunResult
 
 def rebuild_report(folder: Path) -> Path:
     """Write ``report.html`` and ``MODEL_CARD.md`` of a finished run folder anew; returns the report's path."""
-    if not (folder / "run.json").is_file():
-        raise UsageError(f"{folder} is not a run folder", hint="pass a folder that `edgestill run` wrote")
-    recipe = load_recipe(folder / "recipe.toml")
+    recipe = load_recipe(find_run(folder) / "recipe.toml")
     with RunFolder(folder).locked() as opened:
         missing = [name for name in ("teacher", "speed") if name not in opened.records()]
         if missing:

@@ -44,6 +44,7 @@ def generate() -> dict[str, Mapping[str, Any]]:
 
     from .artifact import Manifest
     from .bench.records import Measurement, Verdict
+    from .bench_export import BenchExportResult
     from .bench_import import ImportResult
     from .benchmark import BenchResult
     from .commands import ExportResult, VerifyResult
@@ -63,7 +64,7 @@ def generate() -> dict[str, Mapping[str, Any]]:
         "plan": Plan, "export": ExportResult, "verify": VerifyResult, "bench": BenchResult, "doctor": DoctorReport,
         "loss_comparison": LossComparison, "distill-plan": DistillPlan, "targets": TargetList,
         "device": DeviceSheet, "calibration": Calibrated, "runner": RunnerResult, "import": ImportResult,
-        "parity": ParityResult, "emulation-root": BuiltRoot,
+        "bench-export": BenchExportResult, "parity": ParityResult, "emulation-root": BuiltRoot,
     }  # fmt: skip
     found: dict[str, Mapping[str, Any]] = {}
     for name, type_ in types.items():

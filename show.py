@@ -11,6 +11,7 @@ from typing import Any
 from .bench.accuracy_table import accuracy_tables
 from .bench.metrics import METRICS
 from .bench.records import Measurement, Verdict
+from .bench_export import BenchExportResult
 from .bench_import import ImportResult
 from .benchmark import BenchResult
 from .commands import ExportResult, VerifyResult
@@ -141,6 +142,15 @@ show.register(Calibrated)(show_calibrated)
 show.register(ImportResult)(show_imported)
 show.register(BuiltRoot)(show_root)
 show.register(ParityResult)(show_parity)
+
+
+@show.register
+def _exported(result: BenchExportResult) -> None:
+    counted = {"measurements": result.measurements, "comparisons": result.comparisons, "verdicts": result.verdicts,
+               "gates": result.gates}  # fmt: skip
+    told = ", ".join(f"{count} {what}" for what, count in counted.items() if count)
+    for one in result.files:
+        stderr.print(f"{one.path}: {told} as {one.format}", markup=False, soft_wrap=True)
 
 
 @show.register

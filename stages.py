@@ -20,7 +20,7 @@ from .bench.environment import package_versions
 from .errors import UsageError
 from .files import atomic_write, hash_json, hash_tree, read_json
 
-__all__ = ["Observer", "RunFolder", "StageRecord"]
+__all__ = ["Observer", "RunFolder", "StageRecord", "find_run"]
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
@@ -59,6 +59,13 @@ class Observer:
 
     def failed(self, name: str, reason: str) -> None:
         """A stage failed for one artifact; the others go on."""
+
+
+def find_run(folder: Path) -> Path:
+    """``folder``, if it is one that ``edgestill run`` wrote; else :class:`UsageError`."""
+    if not (folder / RUN_FILE).is_file():
+        raise UsageError(f"{folder} is not a run folder", hint="pass a folder that `edgestill run` wrote")
+    return folder
 
 
 Intact = Callable[[Mapping[str, Any]], bool]

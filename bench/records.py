@@ -140,7 +140,7 @@ def write_measurements(path: Path, rows: tuple[Measurement, ...] | list[Measurem
 def read_measurements(path: Path) -> list[Measurement]:
     """Read JSON lines written by :func:`write_measurements`; :class:`BadInput` names a bad line."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         try:
             raw = json.loads(line)
             summary = Summary(**raw["summary"]) if raw["summary"] else None
@@ -159,9 +159,16 @@ def verdict_from_json(raw: Mapping[str, Any]) -> Verdict:
 def read_verdicts(path: Path) -> list[Verdict]:
     """Read a ``verdicts.jsonl``, oldest first; :class:`BadInput` names a bad line."""
     verdicts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         try:
             verdicts.append(verdict_from_json(json.loads(line)))
         except (ValueError, TypeError, KeyError) as error:
             raise BadInput(f"{path}:{number}: not a verdict: {error}", hint="verify the artifact again") from None
     return verdicts
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 at byte {error.start}", hint="pass a file of JSON lines") from None

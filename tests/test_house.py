@@ -23,7 +23,8 @@ SKIP = {"tests", "build", "dist", "runs", ".venv", ".src", ".git", ".ci"}
 FLOORS = {
     "cli": 6, "cli_output": 6, "cli_bench": 6, "cli_devices": 6,
     "show": 6, "show_devices": 6, "show_emulated": 6, "terminal": 6, "__main__": 6, "schemas": 6,
-    "pipeline": 5, "stages": 5, "commands": 5, "benchmark": 5, "accuracy": 5, "bench_import": 5, "devices": 5,
+    "pipeline": 5, "stages": 5, "commands": 5, "benchmark": 5, "accuracy": 5, "bench_import": 5, "bench_export": 5,
+    "devices": 5,
     "runner_build": 5, "plan": 5, "init": 5,
     "emulation": 5, "parity": 5,
     "doctor": 5, "delivery": 5, "judging": 5,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from ...errors import BadInput, ResourceExhausted, UsageError, nearest
-from ...files import atomic_write
+from ...files import atomic_write, check_place
 from ..compare import Comparison
 from ..records import Measurement
 from .csv_table import to_csv
@@ -72,11 +71,7 @@ def check_output(path: Path, form: str | None = None) -> str:
             )
     elif form not in FORMATS:
         raise UsageError(f"unknown format {form!r}", hint=nearest(form, list(FORMATS)))
-    if path.is_dir():
-        raise BadInput(f"{path} is a folder", hint="name a file in it")
-    place = next(parent for parent in [path.parent, *path.parent.parents] if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise BadInput(f"{path} can't be written: {place} is no folder that you may write to", hint="choose another")
+    check_place(path)
     return form
 
 
@@ -91,7 +86,6 @@ def write_results(result: HasResults, path: Path, form: str | None = None) -> No
     )  # fmt: skip
     try:
         if chosen.append is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
             chosen.append(everything, path)
         elif chosen.text is not None:
             atomic_write(path, chosen.text(everything))

@@ -262,7 +262,10 @@ except ResourceExhausted as error:
 
 def test_the_name_says_the_format_before_anything_is_measured(tmp_path):
     assert check_output(tmp_path / "r.LLAMA-bench.json") == "llama-bench"
-    assert check_output(tmp_path / "new" / "r.junit.xml") == "junit"
+    assert check_output(tmp_path / "r.junit.xml") == "junit"
+    with pytest.raises(BadInput, match="there is no folder") as told:
+        check_output(tmp_path / "new" / "r.junit.xml")
+    assert str(tmp_path / "new") in told.value.hint
     assert check_output(tmp_path / "r.txt", "csv") == "csv"
     with pytest.raises(UsageError, match=r"r\.json: no format has such a name"):
         check_output(tmp_path / "r.json")
