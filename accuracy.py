@@ -1,8 +1,9 @@
 """Accuracy on the artifact, in its runtime: against a teacher and a student, and on small tasks of one's own.
 
 ``edgestill bench ARTIFACT --against TEACHER [--student FOLDER] [--text FILE] [--tasks FILE]``. Every subject gets the
-same token ids in a process of its own; intervals resample documents. What a subject can't do is a row without a value
-and with the reason; the others are measured.
+same token ids in a process of its own, on each target: what teacher and student say is computed here, once, and the
+device sends back the reduction. Intervals resample documents. What a subject or a target can't do is a row without a
+value and with the reason; the others are measured.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,11 @@ from .bench.likelihood import Likelihood, likelihoods
 from .bench.metrics import METRICS
 from .bench.records import Measurement
 from .commands import judged_texts, model_folder
-from .errors import BadInput, EdgestillError, ResourceExhausted, UsageError
+from .errors import BadInput, EdgestillError, ResourceExhausted, Unsupported, UsageError
 from .runtimes.precision import scoring_options, scoring_protocol
-from .runtimes.session import SessionInfo, SessionOptions
+from .runtimes.session import SessionInfo
+from .runtimes.targets import SCHEMES, Target, open_target, parse_target
+from .runtimes.transports.local import LocalWorker
 from .stages import Observer
 
 if TYPE_CHECKING:
@@ -38,7 +40,6 @@ __all__ = ["AccuracyRequest", "measure_accuracy"]
 EXAMPLES = 1024
 """Texts that are read from a file at most."""
 
-OpenWorker = Callable[[Path, SessionOptions], AbstractContextManager[Any]]
 _HEADLINE = {"feature-extraction": "spearman"}  # what stands for all metrics of a subject that can't be scored
 
 
@@ -65,55 +66,75 @@ def measure_accuracy(
     request: AccuracyRequest,
     observer: Observer,
     *,
-    environment: Mapping[str, Any] | None = None,
-    open_worker: OpenWorker | None = None,
+    targets: Sequence[str] = ("host",),
 ) -> list[Measurement]:
-    """Every metric of accuracy of every subject, a row each (``against``: ``"teacher"``, ``"student"``, or none for a
-    task's own accuracy). ``open_worker`` starts a worker (default: a process on this machine).
+    """Every metric of accuracy of every subject on every target, a row each (``against``: ``"teacher"``,
+    ``"student"``, or none for a task's own accuracy).
 
     Raises :class:`UsageError` for options that make no sense, :class:`BadInput` for files that can't be read; what is
-    wrong with one subject is written into its row.
+    wrong with one subject, or with a target, is written into its rows.
     """
     if request.against is None and (request.student or request.text):
         raise UsageError("--student and --text need a teacher", hint="--against TEACHER")
     if request.against is None and not request.tasks:
         raise UsageError("nothing to compare with", hint="--against TEACHER, or --tasks FILE.jsonl")
-    if open_worker is None:
-        from .runtimes.transports.local import LocalWorker
-
-        open_worker = LocalWorker
+    names = [str(parse_target(text)) for text in targets]
     sets = [read_completions(path) for path in request.tasks]
-    judge = _Judge(request, observer, dict(environment or describe_environment()), open_worker)
     observer.started("accuracy", "measure accuracy")
-    with tempfile.TemporaryDirectory(prefix="edgestill-") as scratch:
-        return judge.measure(subjects, sets, Path(scratch))
+    with contextlib.ExitStack() as stack:
+        places = [_find_place(name, stack, observer) for name in names]  # before minutes are spent on what it asks
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="edgestill-"))
+        question = _Question(request, observer)
+        question.make(sets, Path(scratch))
+        return [row for place in places for row in _Judge(question, place).measure(subjects)]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A target by its name as typed; ``missing`` says why nothing can be asked there (``target`` is ``None`` then)."""
+
+    name: str
+    target: Target | None
+    environment: Mapping[str, Any]
+    device: str
+    missing: str = ""
+
+
+def _find_place(name: str, stack: contextlib.ExitStack, observer: Observer) -> _Place:
+    try:
+        if not SCHEMES[parse_target(name).scheme].opens:
+            raise Unsupported(f"{name} is predicted: a calculation has no answers", hint="--target host")
+        target = stack.enter_context(open_target(name))
+        if hasattr(target, "ask"):  # a target that waits for somebody
+            target.ask = observer.asks
+        facts = target.facts()
+    except EdgestillError as error:
+        return _Place(name, None, {}, name, _line(error))
+    environment = dict(facts) if facts is not None else describe_environment()
+    return _Place(target.name, target, environment, device_label(environment))
 
 
 @dataclass
-class _Judge:
+class _Question:
+    """What every subject is asked on every target: ``references`` (folders, by whom is compared with) over the text
+    ``data``, task ``sets`` and the teacher's ``answers`` to them. All of it is made on this machine."""
+
     request: AccuracyRequest
     observer: Observer
-    environment: Mapping[str, Any]
-    open_worker: OpenWorker
+    data: str = ""
+    references: Mapping[str, Path] = field(default_factory=dict)
+    sets: Sequence[CompletionSet] = ()
+    answers: dict[str, list[Likelihood]] = field(default_factory=dict)
 
-    def measure(self, subjects: Sequence[Subject], sets: Sequence[CompletionSet], work: Path) -> list[Measurement]:
-        references: dict[str, Path] = {}
-        teacher: ModelFolder | None = None
-        data = ""
-        if self.request.against is not None:
-            teacher = model_folder(self.request.against, work / "teacher", self.observer)
-            data, references = self._references(teacher, work)
-        answers: dict[str, list[Likelihood]] = {}
-        if teacher is not None and sets:
-            with self.open_worker(teacher.path, scoring_options(teacher.path, self.request.threads)) as worker:
-                answers = {one.name: self._answers(worker, teacher.path, one, "teacher") for one in sets}
-        rows: list[Measurement] = []
-        for subject in subjects:
-            for against, reference in references.items():
-                rows += self._against(subject, against, data, reference)
-            for one in sets:
-                rows += self._task(subject, one, answers.get(one.name))
-        return rows
+    def make(self, sets: Sequence[CompletionSet], work: Path) -> None:
+        self.sets = sets
+        if self.request.against is None:
+            return
+        teacher = model_folder(self.request.against, work / "teacher", self.observer)
+        self.data, self.references = self._references(teacher, work)
+        if sets:
+            with LocalWorker(teacher.path, scoring_options(teacher.path, self.request.threads)) as worker:
+                self.answers = {one.name: self.ask(worker, teacher.path, one, "teacher") for one in sets}
 
     def _references(self, teacher: ModelFolder, work: Path) -> tuple[str, dict[str, Path]]:
         """What teacher and student say; a student reads its own ids, and the teacher those."""
@@ -141,33 +162,8 @@ class _Judge:
         )
         return name, {"teacher": theirs, "student": own}
 
-    def _against(self, subject: Subject, against: str, data: str, reference: Path) -> list[Measurement]:
-        from .bench.fidelity import fidelity
-        from .bench.reference import read_facts
-        from .runtimes.scoring import open_reference
-
-        facts = read_facts(reference)
-        protocol = {"inputs": facts["inputs"], "inputs_sha256": facts["inputs_sha256"]}
-        metric = _HEADLINE.get(facts["task"], "kl")
-        self.observer.advanced(f"{subject.name} against the {against}")
-
-        def take(worker: Any) -> list[Estimate]:
-            scores = dict(worker.score(reference, self.request.batch_size))
-            if facts["task"] == "feature-extraction":
-                said = open_reference(reference).said
-                scores["reference_embeddings"] = said
-            return fidelity(facts["task"], scores, documents=facts["documents"], seed=self.request.seed)
-
-        return self._rows(subject, take, metric, protocol, against=against, data=data)
-
-    def _task(self, subject: Subject, data: CompletionSet, teacher: Sequence[Likelihood] | None) -> list[Measurement]:
-        def take(worker: Any) -> list[Estimate]:
-            found = self._answers(worker, subject.folder, data, subject.name)
-            return completion_estimates(data, found, teacher=teacher, seed=self.request.seed)
-
-        return self._rows(subject, take, "accuracy", {}, data=data.name)
-
-    def _answers(self, worker: Any, folder: Path, data: CompletionSet, name: str) -> list[Likelihood]:
+    def ask(self, worker: Any, folder: Path, data: CompletionSet, name: str) -> list[Likelihood]:
+        """How likely a worker's model finds each continuation of ``data``."""
         info: SessionInfo = worker.info()
         if info.task != "text-generation":
             raise BadInput(f"{data.name} asks for continuations, {name} is for {info.task}",
@@ -181,20 +177,74 @@ class _Judge:
 
         return likelihoods(worker, ids, batch_size=self.request.batch_size, progress=progress)
 
+
+@dataclass
+class _Judge:
+    """Asks subjects on one target."""
+
+    question: _Question
+    place: _Place
+
+    def measure(self, subjects: Sequence[Subject]) -> list[Measurement]:
+        rows: list[Measurement] = []
+        for subject in subjects:
+            for against, reference in self.question.references.items():
+                rows += self._against(subject, against, reference)
+            for one in self.question.sets:
+                rows += self._task(subject, one)
+        return rows
+
+    @property
+    def request(self) -> AccuracyRequest:
+        return self.question.request
+
+    def _against(self, subject: Subject, against: str, reference: Path) -> list[Measurement]:
+        from .bench.fidelity import fidelity
+        from .bench.reference import read_facts
+        from .runtimes.scoring import open_reference
+
+        facts = read_facts(reference)
+        protocol = {"inputs": facts["inputs"], "inputs_sha256": facts["inputs_sha256"]}
+        metric = _HEADLINE.get(facts["task"], "kl")
+        self.question.observer.advanced(f"{subject.name} against the {against} on {self.place.name}")
+
+        def take(worker: Any) -> list[Estimate]:
+            scores = dict(worker.score(reference, self.request.batch_size))
+            if facts["task"] == "feature-extraction":
+                said = open_reference(reference).said
+                scores["reference_embeddings"] = said
+            return fidelity(facts["task"], scores, documents=facts["documents"], seed=self.request.seed)
+
+        return self._rows(subject, take, metric, protocol, against=against, data=self.question.data)
+
+    def _task(self, subject: Subject, data: CompletionSet) -> list[Measurement]:
+        def take(worker: Any) -> list[Estimate]:
+            found = self.question.ask(worker, subject.folder, data, subject.name)
+            teacher = self.question.answers.get(data.name)
+            return completion_estimates(data, found, teacher=teacher, seed=self.request.seed)
+
+        return self._rows(subject, take, "accuracy", {}, data=data.name)
+
     def _rows(
         self, subject: Subject, take: Callable[[Any], list[Estimate]], metric: str, protocol: Mapping[str, Any],
         **context: Any,
     ) -> list[Measurement]:  # fmt: skip
         subject_id = subject.subject_id or ""
+        place = self.place
+        if place.target is None:
+            return [self._missing(subject, metric, place.missing, **context)]
+        options = scoring_options(subject.folder, self.request.threads)
         try:
-            with self.open_worker(subject.folder, scoring_options(subject.folder, self.request.threads)) as worker:
+            with place.target.open_worker(subject.folder, options) as worker:
+                if "score" not in worker.info().capabilities:
+                    raise Unsupported(f"the worker on {place.name} does not score", hint="docs/worker-protocol.md")
                 estimates, info = take(worker), worker.info()
         except (EdgestillError, ArithmeticError) as error:
-            return [self._missing(subject, metric, " ".join(str(error).split()), **context)]
+            return [self._missing(subject, metric, _line(error), **context)]
         return [
             estimate.measurement(
-                subject=subject.name, artifact_id=subject_id, info=info, device=device_label(self.environment),
-                threads=self.request.threads, environment=self.environment,
+                subject=subject.name, artifact_id=subject_id, info=info, device=place.device,
+                threads=self.request.threads, environment=place.environment, target=place.name,
                 protocol={**protocol, **scoring_protocol(info.runtime)}, **context,
             )
             for estimate in estimates
@@ -208,9 +258,13 @@ class _Judge:
         return Measurement(
             subject=subject.name, metric=metric, unit=METRICS[metric].unit, source="measured", summary=None,
             samples=(), artifact_id=subject.subject_id or "", runtime=runtime, runtime_version="", backend="",
-            device=device_label(self.environment), threads=self.request.threads, protocol={},
-            environment=self.environment, reason=reason, **context,
+            device=self.place.device, threads=self.request.threads, protocol={},
+            environment=self.place.environment, reason=reason, target=self.place.name, **context,
         )  # fmt: skip
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _check_room(work: Path, model: ModelFolder, request: AccuracyRequest, *, both: bool) -> None:

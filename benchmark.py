@@ -47,8 +47,7 @@ class BenchRequest:
     is larger than half of ``resolution``; ``thorough`` adds percentiles, decode speed by depth and a minute of work in
     one go. ``launches``, ``depths`` and ``sustained_seconds`` replace what the effort says. ``max_slowdown``: decide
     whether a subject is slower than the first one by more than this fraction. ``accuracy``: also how right they are, on
-    this machine (:mod:`edgestill.accuracy`); ``speed=False``: only that.
-    whether a subject is slower than the first one by more than this fraction. ``profile``: also say where the time
+    each target (:mod:`edgestill.accuracy`); ``speed=False``: only that. ``profile``: also say where the time
     goes, in launches of their own (on ``profile_page`` as an HTML page, too).
     """
 
@@ -116,7 +115,7 @@ def bench_subjects(request: BenchRequest, observer: Observer) -> BenchResult:
         raise UsageError("--profile and --no-speed", hint="leave one of them out")
     right: list[Measurement] = []
     if request.accuracy is not None:
-        right = measure_accuracy(subjects, request.accuracy, observer)
+        right = measure_accuracy(subjects, request.accuracy, observer, targets=request.target)
     if not request.speed:
         return BenchResult(tuple(right), ())
     config = bench_config(request)

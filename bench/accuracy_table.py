@@ -32,11 +32,11 @@ class AccuracyTable:
 
 
 def accuracy_tables(measurements: Sequence[Measurement]) -> list[AccuracyTable]:
-    """A table for each subject and data set that has a metric of accuracy; intervals are 95 %, over documents."""
+    """A table for each target, subject and data set with a metric of accuracy; intervals are 95 %, over documents."""
     rows = [row for row in measurements if METRICS[row.metric].kind == "accuracy"]
     tables = []
-    for subject, data in dict.fromkeys((row.subject, row.data) for row in rows):
-        mine = [row for row in rows if (row.subject, row.data) == (subject, data)]
+    for target, subject, data in dict.fromkeys((row.target, row.subject, row.data) for row in rows):
+        mine = [row for row in rows if (row.target, row.subject, row.data) == (target, subject, data)]
         sides = list(dict.fromkeys(row.against for row in mine))
         taken = {(row.metric, row.against): row.summary for row in mine if row.summary is not None}
         lines = []
@@ -48,17 +48,18 @@ def accuracy_tables(measurements: Sequence[Measurement]) -> list[AccuracyTable]:
                 lines += _tails(found)
         reasons = [f"{row.against or row.metric}: {row.reason}" for row in mine if row.summary is None]
         header = ("", *(f"against {side}" if side else "value" for side in sides))
-        tables.append(AccuracyTable(_title(subject, data, mine), header, tuple(lines), tuple(reasons)))
+        tables.append(AccuracyTable(_title(subject, data, target, mine), header, tuple(lines), tuple(reasons)))
     return tables
 
 
-def _title(subject: str, data: str | None, rows: Sequence[Measurement]) -> str:
+def _title(subject: str, data: str | None, target: str, rows: Sequence[Measurement]) -> str:
+    place = "" if target == "host" else f", {target}"
     row = next((row for row in rows if row.summary is not None), None)
     if row is None or row.summary is None:
-        return f"{subject} on {data}"
+        return f"{subject} on {data}{place}"
     units = row.protocol.get("independent_units")
     examples = "" if units is None or units == row.summary.n else f" of {units} documents"
-    return f"{subject} on {data}: {row.summary.n} samples{examples}, {row.runtime}"
+    return f"{subject} on {data}: {row.summary.n} samples{examples}, {row.runtime}{place}"
 
 
 def _tails(found: Sequence[Summary | None]) -> list[tuple[str, ...]]:

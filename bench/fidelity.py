@@ -58,6 +58,7 @@ class Estimate:
         against: str | None = None,
         data: str | None = None,
         context: int | None = None,
+        target: str = "host",
     ) -> Measurement:
         """The row for ``measurements.jsonl``; accuracy of an emulated device is still measured accuracy."""
         return Measurement(
@@ -65,7 +66,7 @@ class Estimate:
             summary=self.summary, samples=(self.samples,), artifact_id=artifact_id, runtime=info.runtime,
             runtime_version=info.version, backend=info.backend, device=device, threads=threads,
             protocol={**self.protocol, **(protocol or {})}, environment=environment, against=against, data=data,
-            context=context, placement=info.placement,
+            context=context, placement=info.placement, target=target,
         )  # fmt: skip
 
 

@@ -57,10 +57,17 @@ def test_against_teacher_and_student_and_on_tasks(artifact, tiny_llama, text, tm
 
 
 def test_the_teacher_itself_is_at_no_distance(tiny_bert, tmp_path):
+    """And targets that can't be asked have a row each, with the reason."""
     request = AccuracyRequest(tiny_bert, threads=1, examples=12)
-    rows = measure_accuracy([Subject("teacher", tiny_bert, "model", 1, "1" * 64)], request, Observer())
-    found = {row.metric: row.summary.value for row in rows}
+    targets = ("profile:raspberry-pi-5-8gb", "ssh://nobody@127.0.0.1:1", "host")
+    rows = measure_accuracy([Subject("teacher", tiny_bert, "model", 1, "1" * 64)], request, Observer(), targets=targets)
+    found = {row.metric: row.summary.value for row in rows if row.target == "host"}
     assert found == {"cosine": pytest.approx(1), "spearman": pytest.approx(1)}
+    predicted, unreachable = (row for row in rows if row.target != "host")
+    assert (predicted.metric, predicted.summary, predicted.device) == ("spearman", None, "profile:raspberry-pi-5-8gb")
+    assert "a calculation has no answers" in predicted.reason
+    assert (unreachable.target, unreachable.summary) == ("ssh://nobody@127.0.0.1:1", None)
+    assert "127.0.0.1" in unreachable.reason
 
 
 def test_options_that_make_no_sense(tiny_llama, tmp_path):

@@ -37,6 +37,16 @@ def test_metrics_down_and_references_across():
     assert all(len(line) <= 80 for table in (words, quiz) for line in ("  ".join(cells) for cells in table.rows))
 
 
+def test_targets_have_tables_of_their_own():
+    rows = [row("cosine", Summary(value, "mean", 9), data="words", target=target)
+            for target, value in (("host", 0.5), ("ssh://board", 0.25))]  # fmt: skip
+    here, there = accuracy_tables(rows)
+    assert (here.title, there.title) == (
+        "onnx-int8 on words: 9 samples, onnxruntime", "onnx-int8 on words: 9 samples, onnxruntime, ssh://board",
+    )  # fmt: skip
+    assert (here.rows, there.rows) == ((("cosine", "0.50000"),), (("cosine", "0.25000"),))
+
+
 def test_what_is_missing_has_its_reason():
     import dataclasses
 

@@ -184,3 +184,25 @@ def test_gguf_runs_by_the_native_runner_of_the_core(tiny_llama: Path, tmp_path: 
                 dots[core] = window["dot"]
     assert dots["cortex-a53"] == 0
     assert dots["cortex-a76"] > 0
+
+
+@needs_qemu
+@pytest.mark.slow
+@pytest.mark.usefixtures("root")
+def test_accuracy_on_an_emulated_core(tiny_bert: Path, tmp_path: Path) -> None:
+    """An emulated core is slow and has no clock, but its answers are those of the core."""
+    from edgestill.accuracy import AccuracyRequest, measure_accuracy
+    from edgestill.bench.measure import Subject
+    from edgestill.export import export
+    from edgestill.recipe import ExportConfig
+    from edgestill.stages import Observer
+
+    folder = export(tiny_bert, tmp_path / "a", ExportConfig(to="onnx:fp32")).path
+    request = AccuracyRequest(tiny_bert, threads=1, examples=4)
+    rows = measure_accuracy([Subject("fp32", folder)], request, Observer(), targets=("qemu:cortex-a76",))
+    found = {row.metric: row.summary.value for row in rows if row.summary is not None}
+    assert found == {"cosine": pytest.approx(1, abs=1e-5), "spearman": pytest.approx(1, abs=1e-3)}
+    assert {(row.target, row.source, row.device) for row in rows} == {
+        ("qemu:cortex-a76", "measured", rows[0].device)
+    }  # fmt: skip
+    assert "emulated" in rows[0].device

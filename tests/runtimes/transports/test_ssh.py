@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgestill.accuracy import AccuracyRequest, measure_accuracy
 from edgestill.artifact import Artifact
 from edgestill.bench.measure import Place, Subject, measure_speed
 from edgestill.errors import (
@@ -36,6 +37,7 @@ from edgestill.runtimes.transports.local import LocalWorker
 from edgestill.runtimes.transports.remote_worker import RemoteWorker
 from edgestill.runtimes.transports.ssh import SshTarget
 from edgestill.runtimes.transports.store import LocalFile
+from edgestill.stages import Observer
 
 ONE = SessionOptions(threads=1)
 IDS = np.array([[4, 9, 30]])
@@ -376,3 +378,27 @@ def test_nothing_is_left_here(board: Any, lookup: Artifact) -> None:
     assert shutil.which("ssh")
     masters = subprocess.run(["pgrep", "-af", "edgestill-ssh-"], capture_output=True, text=True, check=False).stdout
     assert str(target.shell._socket) not in masters
+
+
+def test_accuracy_on_the_board(board: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    """The reference goes there, the reduction comes back; the same runtime on the same processor says the same. A model
+    folder needs torch there, which is told."""
+    folder = export(tiny_llama, tmp_path / "it's int8", ExportConfig(to="onnx:int8")).path
+    quiz = tmp_path / "quiz.jsonl"
+    quiz.write_text('{"context": "the film was", "choices": ["good", "bad"], "answer": "bad"}\n')
+    subjects = [Subject("int8", folder), Subject("torch", tiny_llama, "model")]
+    request = AccuracyRequest(tiny_llama, tasks=(quiz,), threads=1, tokens=200, window=32)
+    rows = measure_accuracy(subjects, request, Observer(), targets=("host", f"ssh://{board.target()}"))
+    sides: dict[str, dict[Any, Any]] = {}
+    for row in rows:
+        if row.subject == "int8":
+            assert row.summary is not None, row.reason
+            sides.setdefault(row.target, {})[row.metric, row.against, row.data] = row.summary.value
+    here, there = sides.values()
+    assert list(sides) == ["host", f"ssh://{board.target()}"]
+    assert there == pytest.approx(here, rel=1e-5, abs=1e-7)
+    assert here["kl", "teacher", "sample"] > 0
+    lost = [row for row in rows if row.subject == "torch" and row.target != "host"]
+    assert [row.summary for row in lost] == [None, None]
+    assert all(row.reason for row in lost)
+    assert board.inside("ls", f"{STORE}/exchange") == ""
