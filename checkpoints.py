@@ -17,7 +17,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -33,6 +33,7 @@ from .architectures import (
 from .artifact import CLASS_TASKS, Pooling, Task
 from .errors import BadInput
 from .files import check_links, hash_tree, read_json
+from .model_origin import Named, Origin, origin_from_json, size_label
 
 if TYPE_CHECKING:
     from .model_import import prepare_model
@@ -76,6 +77,7 @@ class ModelFolder:
 
     ``max_length`` is in tokens; ``parameters`` counts stored weights (tied ones once); ``size_bytes`` is the weight
     file. ``labels`` are the class names in the order of the logits. ``prompt_prefix`` stands before each text.
+    ``origin`` is what its source says of it.
     """
 
     path: Path
@@ -93,11 +95,17 @@ class ModelFolder:
     parameters: int
     size_bytes: int
     prompt_prefix: str = ""
+    origin: Origin = field(default_factory=Origin)
 
     @cached_property
     def model_id(self) -> str:
         """sha256 over the (path, sha256) of its files: names the content, wherever the folder lies."""
         return hash_tree(self.path)
+
+    @property
+    def named(self) -> Named:
+        """What it is called; a model that nobody named goes by architecture and size (``"bert 23M"``)."""
+        return self.origin.itself or Named(f"{self.architecture} {size_label(self.parameters)}")
 
     @property
     def layers_path(self) -> str:
@@ -220,6 +228,7 @@ def open_model(folder: Path) -> ModelFolder:
         parameters=sum(math.prod(tensor.shape) for tensor in header.values()),
         size_bytes=(folder / WEIGHTS_FILE).stat().st_size,
         prompt_prefix=str(facts.get("prompt_prefix", "")),
+        origin=origin_from_json(facts.get("origin"), folder / FACTS_FILE),
     )
 
 

@@ -86,6 +86,7 @@ def import_gguf(path: Path, out: Path, *, license: str | None = None, progress: 
         from .torch_models import build_model, load_tokenizer, write_folder
     except ModuleNotFoundError as error:
         raise MissingDependency.package(error.name or "torch", "distill") from None
+    from .gguf_origin import origin_from_gguf
     from .model_import import check_tokenizer, spdx
 
     tokenizer = build_tokenizer(source, config["max_position_embeddings"])
@@ -97,6 +98,7 @@ def import_gguf(path: Path, out: Path, *, license: str | None = None, progress: 
         path=out, config={}, architecture=config["model_type"], task="text-generation", pooling=None, normalize=False,
         max_length=config["max_position_embeddings"], vocab_size=0, layers=0, hidden_size=0,
         license=license or (spdx(stated) if isinstance(stated, str) else None), labels=(), parameters=0, size_bytes=0,
+        origin=origin_from_gguf(source.metadata),
     )  # fmt: skip
     progress("writing the model folder", 0.8)
     with atomic_directory(out) as folder:

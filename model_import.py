@@ -6,9 +6,8 @@ checked for NaN; config and tokenizer lose what is local to the machine that wro
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
@@ -27,6 +26,7 @@ from .checkpoints import (
 )
 from .errors import BadInput, MissingDependency, Unsupported
 from .files import atomic_directory, read_json, safe_join
+from .model_origin import Origin, card_facts, origin_from_json, source_origin
 from .progress import Progress, silent
 
 __all__ = [
@@ -66,18 +66,25 @@ class SourceFacts:
     lower_case: bool = False
     task: str | None = None
     license: str | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    origin: Origin | None = None
 
 
 def prepare_model(
-    source: Path, out: Path, *, task: str | None = None, license: str | None = None, progress: Progress = silent
+    source: Path,
+    out: Path,
+    *,
+    task: str | None = None,
+    license: str | None = None,
+    address: str | None = None,
+    progress: Progress = silent,
 ) -> ModelFolder:
     """Turn ``source`` into the model folder ``out`` (whole or not at all) and open it.
 
     ``source`` is a Transformers folder, a sentence-transformers folder, a GGUF file or a folder that holds just one.
     ``task`` is inferred (sentence-transformers or bare encoder -> feature-extraction, ``*ForSequenceClassification``,
-    ``*ForCausalLM``) unless given; ``license`` (SPDX) is read from the model card unless given. The same source gives
-    the same bytes in any folder. Raises :class:`BadInput` and :class:`Unsupported`.
+    ``*ForCausalLM``) unless given; ``license`` (SPDX) is read from the model card unless given. ``address`` is where
+    it was fetched from: a hub's address names the model. The same source gives the same bytes in any folder.
+    Raises :class:`BadInput` and :class:`Unsupported`.
     """
     if not source.exists():
         raise BadInput(f"{source} does not exist", hint="pass a Transformers folder or a .gguf file")
@@ -89,7 +96,7 @@ def prepare_model(
         return import_gguf(gguf, out, license=license, progress=progress)
     if source.is_file():
         raise BadInput(f"{source} is not a model", hint="pass a Transformers folder or a .gguf file")
-    return _prepare_folder(source, out, task, license, progress)
+    return _prepare_folder(source, out, task, license, address, progress)
 
 
 def gguf_inside(source: Path) -> Path | None:
@@ -105,7 +112,9 @@ def gguf_inside(source: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _prepare_folder(source: Path, out: Path, task: str | None, license: str | None, progress: Progress) -> ModelFolder:
+def _prepare_folder(
+    source: Path, out: Path, task: str | None, license: str | None, address: str | None, progress: Progress
+) -> ModelFolder:
     facts = read_source_facts(source)
     config = read_config(facts.root)
     row = find_architecture(config, facts.root)
@@ -133,7 +142,7 @@ def _prepare_folder(source: Path, out: Path, task: str | None, license: str | No
         path=out, config={}, architecture=config["model_type"], task=chosen, pooling=pooling,  # type: ignore[arg-type]
         normalize=facts.normalize and pooling is not None, max_length=min(longest), vocab_size=0, layers=0,
         hidden_size=0, license=license or facts.license or license_of(source, config), labels=(), parameters=0,
-        size_bytes=0, prompt_prefix=facts.prompt_prefix,
+        size_bytes=0, prompt_prefix=facts.prompt_prefix, origin=facts.origin or source_origin(source, config, address),
     )  # fmt: skip
     progress("writing the model folder", 0.7)
     with atomic_directory(out) as folder:
@@ -162,7 +171,9 @@ def read_source_facts(source: Path) -> SourceFacts:
             if own.get(name) is not None and type(own[name]) is not types.get(name, str):
                 raise BadInput(f"{source / FACTS_FILE}: {name} is {repr(own[name])[:80]}", hint="prepare it again")
         names = ("pooling", "normalize", "max_length", "prompt_prefix", "task", "license")
-        return SourceFacts(source, **{name: own[name] for name in names if own.get(name) is not None})
+        origin = origin_from_json(own.get("origin"), source / FACTS_FILE)
+        known = {name: own[name] for name in names if own.get(name) is not None}
+        return SourceFacts(source, origin=origin, **known)
     pooling_folder, root, normalize = source / "1_Pooling", source, False
     if (source / "modules.json").is_file():
         try:
@@ -326,11 +337,7 @@ def _tokenizer_limit(tokenizer: Any) -> int:
 
 def license_of(source: Path, config: Mapping[str, Any]) -> str | None:
     """The SPDX id in the model card's front matter, or in the config."""
-    card = source / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
-    line = re.search(r"^license:\s*[\"']?([A-Za-z0-9.+-]+)", front[1], re.MULTILINE) if front else None
-    name = line[1] if line else config.get("license")
+    name = card_facts(source).get("license") or config.get("license")
     return spdx(name) if isinstance(name, str) else None
 
 

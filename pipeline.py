@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .checkpoints import ModelFolder
     from .data import DataSets
     from .distill import DistillResult
+    from .recipe_teaching import ExtraTeacherConfig
 
 __all__ = ["STAGES", "RunConfig", "rebuild_report", "run_recipe"]
 
@@ -157,7 +158,7 @@ class Run:
         def action() -> Mapping[str, Any]:
             model = prepare_model(
                 source, self.folder / "teacher", task=recipe.task, license=recipe.teacher.license,
-                progress=self.progress,
+                address=recipe.teacher.source, progress=self.progress,
             )  # fmt: skip
             return {"note": describe(model), "model_id": model.model_id}
 
@@ -179,11 +180,12 @@ class Run:
             source = fetch(config.source, sha256=config.sha256, base=self.base, progress=self.progress)
 
             def action(
-                path: Path = source.path, name: str = name, license: str | None = config.license
+                path: Path = source.path, name: str = name, config: ExtraTeacherConfig = config
             ) -> Mapping[str, Any]:
                 model = prepare_model(
-                    path, self.folder / name, task=recipe.task, license=license, progress=self.progress
-                )
+                    path, self.folder / name, task=recipe.task, license=config.license, address=config.source,
+                    progress=self.progress,
+                )  # fmt: skip
                 return {"note": describe(model), "model_id": model.model_id}
 
             inputs = {

@@ -21,6 +21,7 @@ from .checkpoints import (
 )
 from .errors import BadInput, MissingDependency, ResourceExhausted
 from .files import atomic_directory
+from .model_origin import origin_to_json
 from .model_tokenizer import load_tokenizer, open_tokenizer, quiet
 
 try:
@@ -247,7 +248,7 @@ def save_model(model: nn.Module, tokenizer: Any, out: Path, like: ModelFolder, *
 
     ``model`` is a :class:`SentenceEncoder` or a Transformers model whose ``config`` is true (layers cut, …). What the
     weights don't say comes from ``like``; ``changes`` replaces its fields ``task pooling normalize max_length license
-    prompt_prefix``. Same weights, same bytes: no path, time or version is written.
+    prompt_prefix origin``. Same weights, same bytes: no path, time or version is written.
     """
     facts = dataclasses.replace(like, **changes)
     with atomic_directory(out) as folder:
@@ -271,7 +272,7 @@ def write_folder(model: nn.Module, tokenizer: Any, folder: Path, facts: ModelFol
     _write_json(folder / "config.json", config)
     save_file(_weights(inner), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     _write_tokenizer(tokenizer, folder, facts.max_length)
-    known = {
+    known: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "task": facts.task,
         "pooling": facts.pooling,
@@ -280,6 +281,8 @@ def write_folder(model: nn.Module, tokenizer: Any, folder: Path, facts: ModelFol
         "license": facts.license,
         "prompt_prefix": facts.prompt_prefix,
     }
+    if origin := origin_to_json(facts.origin):
+        known["origin"] = origin
     _write_json(folder / FACTS_FILE, known)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from ..checkpoints import ARCHITECTURES, ModelFolder, SentenceEncoder, find_architecture, load_tokenizer, save_model
 from ..errors import BadInput
 from ..files import read_json
+from ..model_origin import student_origin
 from ..torch_models import new_model
 
 __all__ = ["fresh_student", "read_shape"]
@@ -45,5 +46,6 @@ def fresh_student(path: Path, teacher: ModelFolder, out: Path, *, seed: int = 0)
     row = ARCHITECTURES[config["model_type"]]
     positions = int(getattr(model.config, row.positions_key)) - row.position_offset
     return save_model(
-        wrapped, load_tokenizer(teacher.path), out, teacher, max_length=min(teacher.max_length, positions)
+        wrapped, load_tokenizer(teacher.path), out, teacher, max_length=min(teacher.max_length, positions),
+        origin=student_origin(teacher, teacher),
     )  # fmt: skip

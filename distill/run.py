@@ -17,6 +17,7 @@ from ..artifact import TOKEN_TASKS
 from ..checkpoints import ModelFolder, load_tokenizer, open_model, save_model
 from ..errors import ResourceExhausted, UsageError
 from ..files import atomic_directory, atomic_write, hash_json, hash_tree, read_json
+from ..model_origin import student_origin
 from ..progress import Progress, silent
 from ..recipe import DistillConfig, StudentConfig
 from ..recipe_teaching import SequenceConfig
@@ -113,7 +114,7 @@ def run(
     if config is None:
         with quiet():
             card = _card(folder, begin, plan, vocabulary)
-            _write(make_student(begin.folder, plan), vocabulary.tokenizer, out, begin, folder, card, None)
+            _write(make_student(begin.folder, plan), vocabulary.tokenizer, out, begin, folder, card)
         return DistillResult(out, begin.origins(plan), folder.layers)
     progress = progress if ranks.is_first() else silent
     further = tuple(open_model(path) for path in others)
@@ -239,7 +240,7 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
         if quantised is not None:
             card["grids"] = quantised.counts
             _check_shipped(job, model.to("cpu"), work, progress)
-        _write(model.to("cpu"), job.tokenizer, out, job.start, folder, card, journal)
+        _write(model.to("cpu"), job.tokenizer, out, job.start, job.original or folder, card, journal, job.others)
         facts = {**dataclasses.asdict(result), "path": None}
         record = {"identity": identity, "output": hash_tree(out), "result": facts}
         atomic_write(work / RESULT_FILE, json.dumps(record) + "\n")
@@ -365,13 +366,15 @@ def _write(
     start: Start,
     teacher: ModelFolder,
     card: dict[str, Any],
-    journal: Journal | None,
+    journal: Journal | None = None,
+    others: Sequence[ModelFolder] = (),
 ) -> None:
     """The student's folder with its card and journal, whole or not at all."""
     with atomic_directory(out) as temporary:
         # It pools as what it was cut from, and reads its texts as the teacher did.
         prefix = teacher.prompt_prefix
-        saved = save_model(model, tokenizer, temporary / "model", start.folder, prompt_prefix=prefix)
+        origin = student_origin(teacher, start.folder, others)
+        saved = save_model(model, tokenizer, temporary / "model", start.folder, prompt_prefix=prefix, origin=origin)
         for path in saved.path.iterdir():
             path.replace(temporary / path.name)
         saved.path.rmdir()

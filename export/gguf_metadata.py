@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..architectures import ARCHITECTURES, SLIDING_ATTENTION
+from ..gguf_origin import origin_to_gguf
+from ..model_origin import size_label
 from .gguf_layout import GGUF_ARCHITECTURES, rope_parameters
 
 if TYPE_CHECKING:
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["Metadata", "importance_metadata", "kv_cache_bytes_per_token", "model_metadata"]
 
 Metadata = dict[str, Any]
-"""Key -> str, bool, int (stored as uint32), float (float32), or a list of one of them (int lists as int32)."""
+"""Key -> str, bool, int (stored as uint32; a numpy int32 as that), float (float32), or a list of one of them (int lists
+as int32)."""
 
 _POOLING = {"mean": 1, "cls": 2, "last": 3}
 _RANK_POOLING = 4
@@ -30,18 +33,18 @@ def model_metadata(model: ModelFolder, length: int, file_type: int) -> Metadata:
     Nothing in it depends on where the folder lies.
     """
     arch = GGUF_ARCHITECTURES[model.architecture]
-    size = _size_label(model.parameters)
+    size = size_label(model.parameters)
     found: Metadata = {
         "general.architecture": arch,
         "general.type": "model",
-        "general.name": f"{model.architecture} {size}",
+        "general.name": model.named.name,
         "general.size_label": size,
         "general.quantization_version": _QUANTISATION_VERSION,
         "general.file_type": file_type,
     }
     if model.license:
         found["general.license"] = model.license.lower()
-    found["general.tags"] = [model.task]
+    found |= origin_to_gguf(model.origin, [model.task])
     specific = _decoder(model, length) if model.task == "text-generation" else _encoder(model)
     return found | {f"{arch}.{key}": value for key, value in specific}
 
@@ -143,11 +146,3 @@ def kv_cache_bytes_per_token(model: ModelFolder) -> int | None:
 def _head_size(model: ModelFolder) -> int:
     heads = model.config[ARCHITECTURES[model.architecture].heads_key]
     return int(model.config.get("head_dim") or model.hidden_size // heads)
-
-
-def _size_label(parameters: int) -> str:
-    """``"135M"``, ``"1.7B"``, ``"12K"``: as in the names of GGUF files."""
-    for unit, letter in ((1_000_000_000, "B"), (1_000_000, "M"), (1_000, "K")):
-        if parameters >= unit:
-            return f"{parameters / unit:.{1 if parameters < 10 * unit else 0}f}".removesuffix(".0") + letter
-    return str(parameters)

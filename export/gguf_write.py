@@ -76,6 +76,8 @@ def _value(value: Any) -> bytes:
             return struct.pack("<I?", _BOOL, value)
         case str():
             return struct.pack("<I", _STRING) + _string(value)
+        case np.signedinteger():
+            return struct.pack("<Ii", _INT32, value)
         case int():
             return struct.pack("<II", _UINT32, value)
         case float():

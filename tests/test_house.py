@@ -34,7 +34,7 @@ FLOORS = {
     "bench": 3,
     "runtimes": 2,
     "architectures": 1, "checkpoints": 1, "torch_models": 1, "model_tokenizer": 1, "model_import": 1, "gguf_import": 1,
-    "gguf_header": 1, "gguf_names": 1,
+    "gguf_header": 1, "gguf_names": 1, "gguf_origin": 1, "model_origin": 1,
     "gguf_tokenizer": 1, "vocabularies": 1, "data": 1, "data_files": 1, "fetch": 1, "registries": 1, "archives": 1,
     "inspection": 1,
     "recipe": 0, "recipe_base": 0, "recipe_cache": 0, "recipe_teaching": 0, "recipe_training": 0, "recipe_student": 0,

@@ -46,6 +46,7 @@ def test_a_fresh_shape_has_the_teachers_vocabulary_and_its_seed_decides_it(tiny_
     assert hash_tree(first.path) == hash_tree(again.path) != hash_tree(other.path)
     assert (first.architecture, first.layers, first.vocab_size) == ("qwen3", 2, teacher.vocab_size)
     assert first.max_length == 64
+    assert (first.named.name, first.origin.base_models) == ("llama 169K student", (teacher.named,))
     assert load_tokenizer(first.path).get_vocab() == load_tokenizer(tiny_llama).get_vocab()
     assert float(load_torch(first.path).get_input_embeddings().weight.detach().std()) == pytest.approx(0.2, rel=0.05)
 
