@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import hashlib
 import html
+import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from .data_files import as_label, read_rows
+from .data_files import as_label, clean_text, read_rows
+from .data_labels import LabelledSet, TaggedSet, join_words, read_words
 from .errors import BadInput
 from .fetch import fetch
 from .files import hash_json
 from .progress import Progress, silent
 from .recipe import DataConfig, TaskConfig, TextConfig
 
-__all__ = ["DataSets", "LabelledSet", "Split", "TextSet", "load_data", "normalise", "split_sentences"]
+__all__ = ["DataSets", "LabelledSet", "Split", "TaggedSet", "TextSet", "load_data", "normalise", "split_sentences"]
 
+_Pool = dict[str, tuple[Any, Any]]  # normalised text -> (text or its words, label or those of the words)
 Split = Literal["train", "calibration", "dev", "test"]
 _HELD_OUT: tuple[Split, ...] = ("test", "dev", "calibration")  # in the order in which they are dealt
 _SHORTEST, _LONGEST = 20, 300
@@ -50,28 +53,22 @@ class TextSet:
 
 
 @dataclass(frozen=True)
-class LabelledSet:
-    """Labelled text: pairs of a text and the index of its label in ``labels`` (sorted)."""
-
-    name: str
-    labels: tuple[str, ...]
-    train: tuple[tuple[str, int], ...]
-    test: tuple[tuple[str, int], ...]
-    sha256: str
-
-
-@dataclass(frozen=True)
 class DataSets:
     """All data of a recipe."""
 
     text: tuple[TextSet, ...]
     tasks: tuple[LabelledSet, ...]
+    tagged: tuple[TaggedSet, ...] = ()
 
     @property
     def sha256(self) -> str:
         """sha256 over the names and hashes of all sets."""
-        pairs = [[part.name, part.sha256] for part in self.text] + [[part.name, part.sha256] for part in self.tasks]
-        return hash_json(pairs)
+        return hash_json([[part.name, part.sha256] for part in (*self.text, *self.labelled)])
+
+    @property
+    def labelled(self) -> tuple[LabelledSet | TaggedSet, ...]:
+        """All that has labels, of texts or of words."""
+        return (*self.tasks, *self.tagged)
 
     def split(self, name: Split) -> list[str]:
         """One split over all texts, set after set."""
@@ -94,16 +91,18 @@ def load_data(config: DataConfig, *, base: Path, cache: Path | None = None, prog
     """
     seed = str(config.seed)
     pools: list[list[_Document]] = []
-    labelled: list[dict[str, tuple[str, str]]] = []
+    labelled: list[_Pool] = []
     parts = len(config.text) + len(config.task)
     for task in config.task:
         progress(f"reading {task.name}", len(labelled) / parts)
-        labelled.append(_read_labelled(task, base, cache, progress))
+        labelled.append((_read_tagged if task.tagged else _read_labelled)(task, base, cache, progress))
     for text in config.text:
         progress(f"reading {text.name}", (len(labelled) + len(pools)) / parts)
         pools.append(_read_documents(text, base, cache, seed, progress))
     taken: set[str] = set()  # keys of texts, over all sets, that no further split may hold
     tasks = _deal_tasks(config.task, labelled, seed, taken)
+    tagged = tuple(task for task in tasks if isinstance(task, TaggedSet))
+    of_texts = tuple(task for task in tasks if isinstance(task, LabelledSet))
     dealt: list[dict[Split, list[str]]] = [{} for _ in config.text]
     for split in _HELD_OUT:
         for text, pool, result in zip(config.text, pools, dealt, strict=True):
@@ -115,7 +114,7 @@ def load_data(config: DataConfig, *, base: Path, cache: Path | None = None, prog
         splits = {name: tuple(texts) for name, texts in result.items()}
         sets.append(TextSet(name=text.name, sha256=_digest(splits), **splits))
     progress("data ready", 1.0)
-    return DataSets(tuple(sets), tuple(tasks))
+    return DataSets(tuple(sets), of_texts, tagged)
 
 
 def normalise(text: str) -> str:
@@ -153,17 +152,6 @@ def split_sentences(document: str) -> list[str]:
     return [piece for piece in stripped if _SHORTEST <= len(piece) <= _LONGEST]
 
 
-def _clean(value: object, path: Path, name: str) -> str:
-    """A cell as text without lone surrogates (which JSON can carry and no encoder takes); "" for null."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise BadInput(f"{path}: field {name!r} holds {type(value).__name__}, not text", hint="choose another field")
-    if not value.isascii():
-        value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return value.replace("\0", " ").strip()
-
-
 def _read_documents(
     config: TextConfig, base: Path, cache: Path | None, seed: str, progress: Progress
 ) -> list[_Document]:
@@ -172,7 +160,7 @@ def _read_documents(
     column = "text" if (config.format or path.suffix.lower().lstrip(".")) == "txt" else config.field
     unique: dict[str, str] = {}
     for row in read_rows(path, fields=[column], format=config.format, encoding=config.encoding):
-        text = _clean(row[column], path, column)
+        text = clean_text(row[column], path, column)
         key = normalise(text)
         if key and (key not in unique or text < unique[key]):  # the least, so that the order does not matter
             unique[key] = text
@@ -247,20 +235,45 @@ def _too_few(config: TextConfig, pool: Iterable[_Document], split: str, found: i
     )
 
 
-def _read_labelled(
-    config: TaskConfig, base: Path, cache: Path | None, progress: Progress
-) -> dict[str, tuple[str, str]]:
+def _read_labelled(config: TaskConfig, base: Path, cache: Path | None, progress: Progress) -> _Pool:
     """Normalised text -> (text, label); a text with two different labels is left out."""
     path = fetch(config.source, sha256=config.sha256, base=base, cache=cache, progress=progress).path
-    found: dict[str, tuple[str, str]] = {}
-    contradicting = set()
     fields = [config.text, config.label, *config.where]
+
+    def pairs() -> Iterator[tuple[str, str, str]]:
+        for row in _rows(config, path, fields):
+            text, label = clean_text(row[config.text], path, config.text), as_label(row[config.label])
+            if label is not None:
+                yield normalise(text), text, label
+
+    return _once(config, path, pairs())
+
+
+def _read_tagged(config: TaskConfig, base: Path, cache: Path | None, progress: Progress) -> _Pool:
+    """Normalised text -> (words, their labels); a sentence that is labelled in two ways is left out."""
+    path = fetch(config.source, sha256=config.sha256, base=base, cache=cache, progress=progress).path
+    text, tags = config.columns
+
+    def pairs() -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:
+        for row in _rows(config, path, [text, tags, *config.where]):
+            words, labels = read_words(row, text, tags, path)
+            yield normalise(join_words(words)), words, labels
+
+    return _once(config, path, pairs())
+
+
+def _rows(config: TaskConfig, path: Path, fields: list[str]) -> Iterator[Mapping[str, Any]]:
     for row in read_rows(path, fields=fields, format=config.format, encoding=config.encoding):
-        if any(as_label(row[name]) != value for name, value in config.where.items()):
-            continue
-        text, label = _clean(row[config.text], path, config.text), as_label(row[config.label])
-        key = normalise(text)
-        if not key or label is None:
+        if all(as_label(row[name]) == value for name, value in config.where.items()):
+            yield row
+
+
+def _once(config: TaskConfig, path: Path, rows: Iterable[tuple[str, Any, Any]]) -> _Pool:
+    """Each text once, without those that have two labels; of equal keys the least, so that no order matters."""
+    found: _Pool = {}
+    contradicting = set()
+    for key, text, label in rows:
+        if not key:
             continue
         if key in found and found[key][1] != label:
             contradicting.add(key)
@@ -268,13 +281,14 @@ def _read_labelled(
             found[key] = (text, label)
     if not found:
         filters = f" with {config.where}" if config.where else ""
-        raise BadInput(f"{config.name}: {path} holds no labelled text{filters}", hint="check `text`, `label`, `where`")
+        fields = "`text`, `tags`" if config.tagged else "`text`, `label`"
+        raise BadInput(f"{config.name}: {path} holds no labelled text{filters}", hint=f"check {fields}, `where`")
     return {key: pair for key, pair in found.items() if key not in contradicting}
 
 
 def _deal_tasks(
-    configs: Sequence[TaskConfig], pools: Sequence[dict[str, tuple[str, str]]], seed: str, taken: set[str]
-) -> list[LabelledSet]:
+    configs: Sequence[TaskConfig], pools: Sequence[_Pool], seed: str, taken: set[str]
+) -> list[LabelledSet | TaggedSet]:
     """Test and train of every task; the tests' texts, and the sentences in them, are kept from all other splits."""
     tests: list[list[str]] = []
     for config, pool in zip(configs, pools, strict=True):
@@ -287,9 +301,10 @@ def _deal_tasks(
             )
         tests.append(chosen)
         taken.update(chosen)
-    sets = []
+    sets: list[LabelledSet | TaggedSet] = []
     for config, pool, test in zip(configs, pools, tests, strict=True):
-        labels = tuple(sorted({label for _, label in pool.values()}, key=_label_order))
+        there = [label for _, label in pool.values()]
+        labels = tuple(sorted(set(itertools.chain(*there) if config.tagged else there), key=_label_order))
         if len(labels) < 2:
             raise BadInput(f"{config.name}: only the label {', '.join(labels)}", hint="accuracy needs two labels")
         ranked = [key for key in sorted(pool, key=lambda key: _rank(seed, key)) if key not in taken]
@@ -299,15 +314,20 @@ def _deal_tasks(
                 hint="ask for fewer, or give a larger file",
             )
         index = {label: number for number, label in enumerate(labels)}
-        rows = {
-            "train": tuple((pool[key][0], index[pool[key][1]]) for key in ranked[: config.train]),
-            "test": tuple((pool[key][0], index[pool[key][1]]) for key in test),
+
+        def number(label: Any, index: Mapping[str, int] = index, each: bool = config.tagged) -> Any:
+            return tuple(index[one] for one in label) if each else index[label]
+
+        rows: dict[str, tuple[Any, ...]] = {
+            name: tuple((pool[key][0], number(pool[key][1])) for key in keys)
+            for name, keys in (("train", ranked[: config.train]), ("test", test))
         }
-        sha256 = hash_json([list(labels), rows])
-        sets.append(LabelledSet(config.name, labels, rows["train"], rows["test"], sha256))
-    for pool, test in zip(pools, tests, strict=True):
+        kind = TaggedSet if config.tagged else LabelledSet
+        sets.append(kind(config.name, labels, rows["train"], rows["test"], hash_json([list(labels), rows])))
+    for config, pool, test in zip(configs, pools, tests, strict=True):
         for key in test:
-            taken.update(normalise(sentence) for sentence in split_sentences(pool[key][0]))
+            text = join_words(pool[key][0]) if config.tagged else pool[key][0]
+            taken.update(normalise(sentence) for sentence in split_sentences(text))
     return sets
 
 

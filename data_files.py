@@ -1,9 +1,10 @@
-"""Reading rows of text from jsonl, csv, parquet and txt files, one after the other, with errors that name the place."""
+"""Reading rows of text from jsonl, csv, parquet, txt and CoNLL files, with errors that name the place."""
 
 from __future__ import annotations
 
 import codecs
 import csv
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +13,10 @@ from typing import Any
 
 from .errors import BadInput, MissingDependency, nearest
 
-__all__ = ["FORMATS", "as_label", "read_rows"]
+__all__ = ["FORMATS", "as_label", "clean_text", "read_rows"]
 
-FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "txt"}
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "txt",
+           ".conll": "conll"}  # fmt: skip
 _MOST_CELL_CHARACTERS = 1 << 28  # csv's own limit, 128 KiB, is less than a long document
 
 
@@ -22,6 +24,9 @@ def read_rows(
     path: Path, *, fields: Iterable[str], format: str | None = None, encoding: str = "utf-8"
 ) -> Iterator[Mapping[str, Any]]:
     """The rows of a file as ``{field: value}`` with at least ``fields``; a txt row is ``{"text": line}``.
+
+    A CoNLL row is ``{"words": […], "tags": […]}``: the first and the last column of the lines up to an empty one
+    (``-DOCSTART-`` lines are skipped).
 
     Blank lines are skipped. Raises :class:`BadInput` for a missing or damaged file, text in another encoding (naming
     the byte) and a missing field (naming those there are).
@@ -43,7 +48,7 @@ def read_rows(
         with _text(path, encoding) as lines:
             yield from ({"text": line.strip()} for line in lines if line.strip())
     else:
-        read = _jsonl if kind == "jsonl" else _csv
+        read = {"jsonl": _jsonl, "csv": _csv, "conll": _conll}[kind]
         for number, row in read(path, encoding):
             for name in wanted:
                 if name not in row:
@@ -58,6 +63,17 @@ def as_label(value: Any) -> str | None:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).strip() if isinstance(value, str | int | float) and str(value).strip() else None
+
+
+def clean_text(value: object, path: Path, name: str) -> str:
+    """A cell as text without lone surrogates (which JSON can carry and no encoder takes); "" for null."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise BadInput(f"{path}: field {name!r} holds {type(value).__name__}, not text", hint="choose another field")
+    if not value.isascii():
+        value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value.replace("\0", " ").strip()
 
 
 def _kinds() -> str:
@@ -133,6 +149,22 @@ def _csv(path: Path, encoding: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise BadInput(f"{path}: not valid csv: {error}", hint="check quoting and `format`") from None
     finally:
         csv.field_size_limit(limit)
+
+
+def _conll(path: Path, encoding: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    rows: list[list[str]] = []
+    first = 1
+    with _text(path, encoding) as lines:
+        for number, line in enumerate(itertools.chain(lines, [""]), start=1):
+            columns = line.split()
+            if columns and columns[0] != "-DOCSTART-":
+                if len(columns) < 2:
+                    raise BadInput(f"{path}:{number}: a word without a label", hint="word first, label last")
+                first = first if rows else number
+                rows.append(columns)
+            elif rows:
+                yield first, {"words": [row[0] for row in rows], "tags": [row[-1] for row in rows]}
+                rows = []
 
 
 def _parquet(path: Path, fields: tuple[str, ...]) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,7 @@ from .artifact import Artifact, append_verdict, move_artifact
 from .bench.environment import describe_environment, device_label
 from .bench.records import Measurement, Verdict, read_measurements, verdict_from_json, write_measurements
 from .bench.sample_text import SAMPLE_TEXT
+from .data_labels import LabelledSet, in_labels_of
 from .files import atomic_write, hash_json, read_json
 from .recipe import ExportConfig, Recipe
 from .stages import RunFolder
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Judge", "Subjects", "read_all_measurements", "read_noise", "read_verdicts", "subject_names"]
 
 # Raised by one when what a stage writes changes although its input does not.
-VERSIONS = {"verify": 3, "accuracy": 3, "tasks": 2, "robustness": 1, "speed": 2}
+VERSIONS = {"verify": 3, "accuracy": 3, "tasks": 3, "robustness": 2, "speed": 2}
 
 NOISE_FILE = "work/robustness.json"
 
@@ -260,7 +261,7 @@ class Judge:
 
     def tasks(self, artifacts: Sequence[tuple[ExportConfig, Artifact]]) -> None:
         """Accuracy on labelled data, of the torch models and of every artifact that passed."""
-        if not self.data.tasks:
+        if not self.data.labelled:
             return
         references = self.task_references()
         subjects = {name: (model.path, model.model_id) for name, model in self.subjects.torch().items()}
@@ -277,7 +278,7 @@ class Judge:
         made: dict[str, dict[str, Path]] = {"teacher": {}, self.asked("student"): {}}
 
         def action() -> Mapping[str, Any]:
-            for data in self.data.tasks:
+            for data in self.data.labelled:
                 root = self.folder / "work/references" / data.name
                 settings: dict[str, Any] = {
                     "max_length": min(self.recipe.data.max_length, teacher.max_length),
@@ -290,7 +291,7 @@ class Judge:
                     made[theirs][data.name] = make_task_reference(
                         teacher.path, root / theirs, data, ids_from=own, columns=self.columns, **settings
                     )
-            return {"note": ", ".join(task.name for task in self.data.tasks)}
+            return {"note": ", ".join(task.name for task in self.data.labelled)}
 
         self.folder.stage("task references", {}, action, title="ask the teacher for labels", always=True)
         return made
@@ -309,12 +310,11 @@ class Judge:
             with LocalWorker(path, scoring_options(path, self.recipe.bench.threads)) as worker:
                 for task, reference in references.items():
                     self.progress(f"{name} on {task}", None)
-                    teacher = open_reference(reference).said
                     scores = worker.score(reference)
                     outputs = scores["embeddings" if "embeddings" in scores else "logits"]
+                    teacher = None if name == "teacher" else open_reference(reference).said
                     estimates = task_estimates(
-                        outputs, reference, teacher_outputs=None if name == "teacher" else teacher,
-                        seed=self.recipe.bench.seed,
+                        outputs, reference, teacher_outputs=teacher, seed=self.recipe.bench.seed
                     )  # fmt: skip
                     notes.append(f"{task} {estimates[0].summary.value:.1%}")
                     measured += self._rows(estimates, name, subject_id, worker.info(), data=task)
@@ -322,10 +322,15 @@ class Judge:
             return {"note": ", ".join(notes)}
 
         inputs = {
-            "version": VERSIONS["tasks"], "subject": subject_id, "tasks": [task.sha256 for task in self.data.tasks],
+            "version": VERSIONS["tasks"], "subject": subject_id, "tasks": [task.sha256 for task in self.data.labelled],
             **self.question(),
         }  # fmt: skip
         self.folder.stage(f"tasks:{name}", inputs, action, [rows], f"labels with {name}")
+
+    def _of_texts(self) -> list[LabelledSet]:
+        """The sets that label whole texts, by the teacher's numbers where it has labels of its own."""
+        labels = self.subjects.teacher.labels
+        return [in_labels_of(data, labels) if labels else data for data in self.data.tasks]
 
     # ---- perturbed text ------------------------------------------------------------------------------------------
 
@@ -348,7 +353,7 @@ class Judge:
             if self.columns is not None:
                 sessions["teacher"] = Renumbered(sessions["teacher"], self.columns)
             rows = measure_robustness(
-                sessions, load_tokenizer(models["student"].path), self.texts, self.data.tasks,
+                sessions, load_tokenizer(models["student"].path), self.texts, self._of_texts(),
                 max_length=min(self.recipe.data.max_length, *(model.max_length for model in models.values())),
                 window=bench.window, prefix=teacher.prompt_prefix, seed=bench.seed, progress=self.progress,
             )  # fmt: skip

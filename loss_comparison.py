@@ -42,7 +42,8 @@ __all__ = ["LossCompareConfig", "LossComparison", "LossRow", "MetricWinner", "co
 # Raised by one when what is measured changes although its input does not.
 VERSION = 1
 # What is shown of each student, where its task has it.
-SHOWN = ("kl", "top1_agreement", "perplexity", "spearman", "cosine", "ece", "next_token_accuracy", "accuracy")
+SHOWN = ("kl", "top1_agreement", "perplexity", "spearman", "cosine", "ece", "next_token_accuracy", "accuracy",
+         "f1")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ class _Comparison:
         if theirs != "teacher" and self.cut is not None:
             self.judge.references(self.cut, "student")
             self.texts[theirs] = self.judge.references(self.teacher, theirs)
-        self.tasks = self.judge.task_references() if self.data.tasks else {}
+        self.tasks = self.judge.task_references() if self.data.labelled else {}
 
     def _student(self, loss: str, weights: Mapping[str, float], seed: int) -> dict[str, Any]:
         """Teach and measure one student, unless that is done."""
@@ -238,7 +239,7 @@ class _Comparison:
         return measured
 
     def _question(self) -> dict[str, Any]:
-        return {"question": self.judge.question(), "tasks": [task.sha256 for task in self.data.tasks]}
+        return {"question": self.judge.question(), "tasks": [task.sha256 for task in self.data.labelled]}
 
     def _baseline(self, name: str, model: ModelFolder) -> dict[str, float]:
         """Figures of the teacher or of the cut, as one stage."""

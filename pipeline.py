@@ -205,7 +205,7 @@ class Run:
             loaded.append(load_data(self.recipe.data, base=self.base, progress=self.progress))
             sets = {
                 part.name: {"sha256": part.sha256, "counts": {s: len(getattr(part, s)) for s in splits}}
-                for parts, splits in ((loaded[0].text, SPLITS), (loaded[0].tasks, ("train", "test")))
+                for parts, splits in ((loaded[0].text, SPLITS), (loaded[0].labelled, ("train", "test")))
                 for part in parts
             }
             total = {name: len(loaded[0].split(name)) for name in SPLITS}

@@ -85,21 +85,41 @@ class TextConfig(Source):
 
 
 class TaskConfig(Source):
-    """`[[data.task]]`: labelled text, to measure accuracy (embeddings: by a linear probe)."""
+    """`[[data.task]]`: labelled text, to learn from with `cross_entropy` and to measure accuracy on (embeddings: by a
+    linear probe). With `tags` every word has a label (token-classification); labels are the model's names for them, or
+    numbers from 0 in its order."""
 
     name: Name
-    format: Literal["jsonl", "csv", "parquet"] | None = None
+    format: Literal["jsonl", "csv", "parquet", "conll"] | None = None
+    """by default, from the file's suffix; `conll`: a word a line, its label in the last column, an empty line between
+    sentences."""
     text: str = "text"
-    """column or key that holds the text."""
+    """column or key that holds the text; with `tags`, the list of its words."""
     label: str = "label"
     """column or key that holds the label."""
+    tags: str | None = None
+    """column or key that holds a list with a label for each word (conll: needs no name)."""
     encoding: str = "utf-8"
     where: dict[str, str] = Field(default_factory=dict)
     """keep only the rows whose columns have these values."""
     train: Annotated[int, Field(ge=0)] = 500
-    """labelled examples that the probe is fitted on (not used by classifiers)."""
+    """labelled examples that the probe is fitted on, or that classifiers learn from (`cross_entropy`)."""
     test: Positive = 400
     """labelled examples that accuracy is taken on."""
+
+    @property
+    def tagged(self) -> bool:
+        """Whether its words have labels, and not its texts."""
+        return self.tags is not None or self._conll
+
+    @property
+    def columns(self) -> tuple[str, str]:
+        """Where the words stand, and where their labels."""
+        return ("words", "tags") if self._conll else (self.text, self.tags or "")
+
+    @property
+    def _conll(self) -> bool:
+        return self.format == "conll" or (self.format is None and self.source.endswith(".conll"))
 
 
 class DataConfig(Strict):

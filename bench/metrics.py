@@ -20,9 +20,9 @@ __all__ = ["METRICS", "Metric", "find_metric"]
 _ALL: tuple[Task, ...] = get_args(Task)
 _EMBEDDING: tuple[Task, ...] = ("feature-extraction",)
 _CLASSES: tuple[Task, ...] = ("text-classification",)
+_WORDS: tuple[Task, ...] = ("token-classification",)
 _GENERATION: tuple[Task, ...] = ("text-generation",)
 _DISTRIBUTION: tuple[Task, ...] = (*CLASS_TASKS, "text-generation")
-_LABELLED: tuple[Task, ...] = ("feature-extraction", "text-classification", "text-generation")
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,12 @@ METRICS: Mapping[str, Metric] = _table(
            "pairs of sentences, artifact against reference", "accuracy", _EMBEDDING),
     Metric("accuracy", "fraction", "higher", ".1%", "labels found right on held-out examples (embeddings: by a linear "
            "probe fitted on the artifact's own embeddings; text generation: choices by likelihood per byte, or the "
-           "target of a cloze by greedy decoding)", "accuracy", _LABELLED),
+           "target of a cloze by greedy decoding)", "accuracy"),
+    Metric("f1", "fraction", "higher", ".1%", "F1 over entities, whose first word, last word and kind must be right "
+           "(CoNLL-2003)", "accuracy", _WORDS),
     Metric("accuracy_raw", "fraction", "higher", ".1%", "choices found right by plain likelihood, not divided by their "
            "length", "accuracy", _GENERATION),
-    Metric("accuracy_ratio", "ratio", "higher", ".1%", "accuracy over the teacher's on the same examples", "accuracy",
-           _LABELLED),
+    Metric("accuracy_ratio", "ratio", "higher", ".1%", "accuracy over the teacher's on the same examples", "accuracy"),
     Metric("next_token_accuracy", "fraction", "higher", ".1%", "how often the first choice is the true next token",
            "accuracy", _GENERATION),
     Metric("ece", "fraction", "lower", ".2%", "expected calibration error of the first choice (next token, class, or "

@@ -18,7 +18,7 @@ __all__ = ["HEADLINE", "RULE", "Candidate", "Choice", "headline_metric", "headli
 HEADLINE: Mapping[Task, tuple[str, ...]] = {
     "feature-extraction": ("spearman", "cosine"),
     "text-classification": ("accuracy", "top1_agreement", "kl"),
-    "token-classification": ("accuracy", "top1_agreement", "kl"),
+    "token-classification": ("f1", "accuracy", "top1_agreement", "kl"),
     "text-generation": ("kl",),
 }
 

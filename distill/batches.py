@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..artifact import Task
+from ..data_labels import NO_LABEL
 from ..files import hash_json
 
 __all__ = ["LEARN_GIVEN", "LEARN_OWN", "Batch", "Examples", "collate", "encode", "plan_batches"]
@@ -20,7 +21,6 @@ Batch = dict[str, Tensor]
 
 # Examples of so many optimiser steps are sorted by length together: little padding, still well mixed.
 SORT_STEPS = 50
-NO_LABEL = -100
 # What a batch's `learn` says of a token: 0 a prompt, not learnt; given by the text or a teacher; or the student's own
 # word, on which only a teacher's opinion counts (cross-entropy on it would make the student repeat itself).
 LEARN_GIVEN, LEARN_OWN = 1, 2
@@ -30,18 +30,22 @@ LEARN_GIVEN, LEARN_OWN = 1, 2
 class Examples(Dataset[dict[str, Any]]):
     """Token ids of the examples, with class labels where they are known (-100: not).
 
-    ``prompts``: how many tokens at the beginning of each example are not learnt; empty: none anywhere.
+    ``prompts``: how many tokens at the beginning of each example are not learnt; empty: none anywhere. ``tags``: a
+    label for each token of each example (-100: none), nothing for an example without any; empty: none anywhere.
     """
 
     ids: tuple[tuple[int, ...], ...]
     labels: tuple[int, ...]
     prompts: tuple[int, ...] = ()
+    tags: tuple[tuple[int, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = {"index": index, "ids": self.ids[index], "label": self.labels[index]}
+        row: dict[str, Any] = {"index": index, "ids": self.ids[index], "label": self.labels[index]}
+        if self.tags:
+            row["tags"] = self.tags[index]
         return {**row, "prompt": self.prompts[index]} if self.prompts else row
 
     @property
@@ -51,32 +55,43 @@ class Examples(Dataset[dict[str, Any]]):
 
     def digest(self) -> str:
         """sha256 of the content."""
-        return hash_json([self.ids, self.labels, *([self.prompts] if self.prompts else [])])
+        further = [part for part in (self.prompts, self.tags) if part]
+        return hash_json([self.ids, self.labels, *further])
 
 
 def encode(
-    texts: Sequence[str], tokenizer: Any, task: Task, max_length: int, *, prefix: str = "", labels: Sequence[int] = ()
+    texts: Sequence[str],
+    tokenizer: Any,
+    task: Task,
+    max_length: int,
+    *,
+    prefix: str = "",
+    labels: Sequence[int] = (),
+    tags: Sequence[tuple[int, ...]] = (),
 ) -> Examples:
     """Tokenise ``texts`` (with ``prefix`` before each) to at most ``max_length`` tokens.
 
     For text-generation a longer text becomes several examples, and one of a single token none: it has nothing to
-    predict. For the other tasks a longer text is cut.
+    predict. For the other tasks a longer text is cut. ``labels`` are of texts, ``tags`` of their tokens
+    (:func:`~edgestill.data_labels.tag_tokens`; ``()`` for a text without).
     """
     generation = task == "text-generation"
     found: list[tuple[int, ...]] = []
     kept_labels: list[int] = []
+    kept_tags: list[tuple[int, ...]] = []
     known = list(labels) or [NO_LABEL] * len(texts)
     for begin in range(0, len(texts), 1024):
         part = [prefix + text for text in texts[begin : begin + 1024]]
         limits = {} if generation else {"truncation": True, "max_length": max_length}
         rows = tokenizer(part, padding=False, return_attention_mask=False, verbose=False, **limits)["input_ids"]
-        for row, label in zip(rows, known[begin : begin + 1024], strict=True):
+        for number, (row, label) in enumerate(zip(rows, known[begin : begin + 1024], strict=True), start=begin):
             windows = [row[at : at + max_length] for at in range(0, len(row), max_length)] if generation else [row]
             for window in windows:
                 if len(window) > (1 if generation else 0):
                     found.append(tuple(window))
                     kept_labels.append(label)
-    return Examples(tuple(found), tuple(kept_labels))
+                    kept_tags += [tags[number]] if tags else []
+    return Examples(tuple(found), tuple(kept_labels), tags=tuple(kept_tags))
 
 
 def plan_batches(
@@ -109,7 +124,8 @@ def plan_batches(
 def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> Batch:
     """Pad on the right to the longest row. The mask says which tokens are real, by length and never by id.
 
-    Rows with a ``prompt`` (tokens at the beginning that are not learnt) give the batch a mask ``learn`` [B, T].
+    Rows with a ``prompt`` (tokens at the beginning that are not learnt) give the batch a mask ``learn`` [B, T]; rows
+    with ``tags`` have a ``label`` for each token [B, T] instead of one for each row [B].
     """
     longest = max(len(row["ids"]) for row in rows)
     ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
@@ -123,6 +139,10 @@ def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> Batch:
         "index": torch.tensor([row["index"] for row in rows], dtype=torch.long),
         "label": torch.tensor([row["label"] for row in rows], dtype=torch.long),
     }
+    if "tags" in rows[0]:
+        batch["label"] = torch.full((len(rows), longest), NO_LABEL, dtype=torch.long)
+        for number, row in enumerate(rows):
+            batch["label"][number, : len(row["tags"])] = torch.tensor(row["tags"], dtype=torch.long)
     if "their_ids" in rows[0]:  # the same text in the tokens of a teacher with another vocabulary
         widest = max(len(row["their_ids"]) for row in rows)
         batch["their_ids"] = torch.zeros((len(rows), widest), dtype=torch.long)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 import transformers
 
 from ..checkpoints import ModelFolder, load_tokenizer
+from ..data_labels import NO_LABEL, LabelledSet, TaggedSet, in_labels_of, join_words, label_places, tag_tokens
 from ..errors import BadInput, RecipeError
 from ..files import hash_json
 from ..recipe import DistillConfig
@@ -155,17 +157,17 @@ def prepare(
     length = min(max_length, *(model.max_length for model in (folder, start.folder, *others)))
     texts = data.split("train")
     check_teachers(folder, others, config, texts[:200])
-    labels = [-100] * len(texts)
-    if folder.task == "token-classification" and "cross_entropy" in losses:
-        raise RecipeError(
-            "loss 'cross_entropy' for token-classification needs labelled words, which no recipe can hold yet",
-            hint="use forward_kl: the teacher labels every token of plain text",
-        )
-    if folder.task == "text-classification" and "cross_entropy" in losses:
-        for text, label in _labelled(folder, data):
+    prefix, tokenizer = folder.prompt_prefix, vocabulary.tokenizer
+    labels, tags = [NO_LABEL] * len(texts), list[tuple[int, ...]]()
+    if "cross_entropy" in losses and folder.task == "text-classification":
+        for text, label in _labelled(folder, data.tasks):
             texts.append(text)
             labels.append(label)
-    prefix, tokenizer = folder.prompt_prefix, vocabulary.tokenizer
+    if "cross_entropy" in losses and folder.task == "token-classification":
+        found = _labelled(folder, data.tagged)
+        tags = [()] * len(texts) + tag_tokens(tokenizer, found, length, prefix)
+        texts += [join_words(words) for words, _ in found]
+        labels += [NO_LABEL] * len(found)
     check_streaming(config, folder)
     streamed = tuple(prefix + text for text in texts) if config.streaming else ()
     if foreign:
@@ -173,7 +175,9 @@ def prepare(
         train: Examples = encode_pairs(texts, tokenizer, theirs, length, prefix=prefix)
         dev: Examples = encode_pairs(held_out, tokenizer, theirs, length, prefix=prefix)
     else:
-        train = encode([] if streamed else texts, tokenizer, folder.task, length, prefix=prefix, labels=labels)
+        train = encode(
+            [] if streamed else texts, tokenizer, folder.task, length, prefix=prefix, labels=labels, tags=tags
+        )
         dev = encode(data.split("dev"), tokenizer, folder.task, length, prefix=prefix)
     if not len(train) and not streamed:
         raise BadInput("[distill] found no text to learn from", hint="set `train` in a [[data.text]]")
@@ -192,15 +196,16 @@ def prepare(
     return Job(folder, start, plan, config, train, dev, vocabulary, steps, others=others, texts=streamed, length=length)
 
 
-def _labelled(folder: ModelFolder, data: DataSets) -> list[tuple[str, int]]:
-    """Training rows of the labelled sets that have the model's own classes."""
-    found = []
-    for task in data.tasks:
-        if set(task.labels) <= set(folder.labels):
-            found += [(text, folder.labels.index(task.labels[label])) for text, label in task.train]
+def _labelled(folder: ModelFolder, sets: Sequence[LabelledSet] | Sequence[TaggedSet]) -> list[tuple[Any, Any]]:
+    """Training rows of the labelled sets that have the model's own classes, with its numbers for them."""
+    found: list[tuple[Any, Any]] = []
+    for task in sets:
+        if label_places(task.labels, folder.labels) is not None:
+            found += in_labels_of(task, folder.labels).train
     if not found:
+        words = folder.task == "token-classification"
         raise RecipeError(
-            f"loss 'cross_entropy' needs texts labelled {', '.join(folder.labels)}",
-            hint="add a [[data.task]] with these labels, or use forward_kl",
+            f"loss 'cross_entropy' needs {'words' if words else 'texts'} labelled {', '.join(folder.labels)}",
+            hint=f"add a [[data.task]] with these labels{' and `tags`' if words else ''}, or use forward_kl",
         )
     return found

@@ -14,9 +14,10 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from ..checkpoints import ModelFolder
+from ..data_labels import NO_LABEL
 from ..errors import BadInput, RecipeError, Unsupported
 from ..recipe import DistillConfig
-from .batches import NO_LABEL, Batch, collate
+from .batches import Batch, collate
 
 __all__ = ["StreamedBatches", "TokenStream", "check_streaming", "stream_of"]
 

@@ -211,6 +211,36 @@ def test_a_decoder_as_it_is(tiny_llama: Path, text: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.whole
+def test_a_model_that_labels_tokens(tiny_tagger: Path, text: Path, tmp_path: Path) -> None:
+    """With labelled words beside the plain text: learnt from, and judged on in onnxruntime."""
+    names = {True: "B-PER", False: "O"}
+    lines = [
+        "".join(f"{word} {names[word in ('film', 'movie')]}\n" for word in line.split())
+        for line in text.read_text().splitlines()
+    ]
+    labelled = tmp_path / "words.conll"
+    labelled.write_text("\n".join(lines))
+    more = f'[[data.task]]\nname = "people"\nsource = "{labelled}"\ntrain = 40\ntest = 20\n'
+    loss = "{ forward_kl = 0.5, cross_entropy = 0.5 }"
+    recipe = write_recipe(tmp_path, tiny_tagger, text, "onnx:int8", loss=loss, more=more)
+    result = run_recipe(RunConfig(recipe, tmp_path / "runs"))
+    assert result.exit_code == 0, [a.failures for a in result.artifacts]
+    run = tmp_path / "runs/tiny"
+    manifest = open_artifact(run / "artifacts/onnx-int8").manifest
+    assert (manifest.task, manifest.labels) == ("token-classification", ("O", "B-PER", "I-PER"))
+    assert manifest.outputs[0].shape == ("batch", "length", 3)
+    (numbers,) = [artifact.metrics for artifact in result.artifacts]
+    assert numbers["top1_agreement@words"] > 0.5
+    assert numbers["kl@words"] > 0
+    assert numbers["latency_ms"] > 0
+    assert 0 <= numbers["f1@people"] <= 1
+    assert 0 <= numbers["accuracy@people"] <= 1
+    assert "cross_entropy" in json.loads((run / "student/distillation.json").read_text())["losses"]
+    report = (run / "report.html").read_text()
+    assert "F1 of entities" in report  # the student card, beside the teacher
+
+
+@pytest.mark.whole
 def test_recipes_share_a_teacher_cache_that_lies_beside_them(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
     place = tmp_path / "recipes"
     place.mkdir()

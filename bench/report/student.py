@@ -17,12 +17,13 @@ from .plots import reliability_chart
 __all__ = ["CardTable", "ReliabilityPlot", "calibration_plots", "cost_rows", "student_tables"]
 
 SUBJECTS = ("teacher", "student", "untrained-cut")
-_FIDELITY = ("kl", "top1_agreement", "spearman", "cosine", "accuracy", "next_token_accuracy", "perplexity", "ece")
+_FIDELITY = ("kl", "top1_agreement", "spearman", "cosine", "f1", "accuracy", "next_token_accuracy", "perplexity",
+             "ece")  # fmt: skip
 _TITLES = {
     "kl": "KL to teacher", "top1_agreement": "Top-1 agreement", "spearman": "Spearman to teacher",
-    "cosine": "Cosine to teacher", "accuracy": "Accuracy", "next_token_accuracy": "Next token right",
-    "perplexity": "Perplexity", "ece": "ECE", "self_cosine": "Cosine to itself, clean",
-    "self_agreement": "Same label as clean",
+    "cosine": "Cosine to teacher", "accuracy": "Accuracy", "f1": "F1 of entities",
+    "next_token_accuracy": "Next token right", "perplexity": "Perplexity", "ece": "ECE",
+    "self_cosine": "Cosine to itself, clean", "self_agreement": "Same label as clean",
 }  # fmt: skip
 _COST = {
     "teacher_forward_tokens": "tokens that the teacher read", "teacher_generated_tokens": "tokens that it wrote",

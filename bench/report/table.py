@@ -18,7 +18,7 @@ Badge = Literal["device_verified", "program_verified", "failed", "reference", "n
 
 _TITLES = {
     "kl": "KL to teacher", "top1_agreement": "Top-1 agreement", "perplexity_ratio": "Perplexity ratio",
-    "spearman": "Spearman", "cosine": "Cosine", "accuracy": "Accuracy", "latency_ms": "Latency",
+    "spearman": "Spearman", "cosine": "Cosine", "accuracy": "Accuracy", "f1": "F1", "latency_ms": "Latency",
     "decode_tokens_per_s": "Decode", "prefill_tokens_per_s": "Prefill", "time_to_first_token_ms": "First token",
     "peak_memory_bytes": "Peak memory", "load_ms": "Load", "model_bytes": "Size",
     "download_bytes": "Download", "bits_per_weight": "Bits/weight",
@@ -28,7 +28,7 @@ _TITLES = {
 _SECONDARY: Mapping[Task, tuple[str, ...]] = {
     "feature-extraction": ("accuracy",),
     "text-classification": ("top1_agreement", "kl"),
-    "token-classification": ("top1_agreement", "kl"),
+    "token-classification": ("accuracy", "top1_agreement", "kl"),
     "text-generation": ("top1_agreement", "perplexity_ratio"),
 }
 _COST: Mapping[Task, tuple[str, ...]] = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from edgestill.checkpoints import load_tokenizer, load_torch, open_model, prepare_model
-from edgestill.data import DataSets
+from edgestill.data import DataSets, TaggedSet
 from edgestill.distill import DistillResult, distill
 from edgestill.errors import RecipeError
 from edgestill.recipe import DistillConfig, StudentConfig
@@ -79,6 +79,56 @@ def test_a_tagger_learns(loss: dict[str, float], tagger: Path, tmp_path: Path, d
     assert result.dev_after["top1_agreement"] == pytest.approx(float(same.double().mean()), abs=1e-9)
 
 
+@pytest.fixture
+def tagged(data: DataSets) -> DataSets:
+    """Every sentence's words with a rule that can be learnt: a film is a person, a movie too, what follows goes on."""
+    rows = []
+    for text in data.split("train"):
+        words = tuple(text.split())
+        tags = [2 if word in ("film", "movie") else 0 for word in words]  # O 2 in sorted order: B-PER, I-PER, O
+        labels = tuple({0: 2, 2: 0}[tag] for tag in tags)
+        rows.append((words, labels))
+    tags_of = TaggedSet("people", ("B-PER", "I-PER", "O"), tuple(rows[:100]), tuple(rows[100:]), "1" * 64)
+    return DataSets(data.text, (), (tags_of,))
+
+
+def test_cross_entropy_counts_labelled_words_only(tagger: Path, tmp_path: Path, tagged: DataSets):
+    """Against a loop over sentences that are never padded: one label a word, on its first token."""
+    result = _run(tagger, tmp_path, tagged, _config({"forward_kl": 0.5, "cross_entropy": 0.5}, batch_size=250,
+                                                    max_steps=1))  # fmt: skip
+    cut = _cut(tagger, tmp_path, tagged)
+    model, tokenizer = load_torch(cut), load_tokenizer(cut)
+    total, words = 0.0, 0
+    for text, labels in tagged.tagged[0].train:
+        encoded = tokenizer(list(text), is_split_into_words=True, return_tensors="pt", truncation=True, max_length=32)
+        with torch.no_grad():
+            logits = model(**encoded).logits[0].double().log_softmax(-1)
+        seen = set()
+        for place, word in enumerate(encoded.word_ids()):
+            if word is not None and word not in seen:
+                seen.add(word)
+                total -= float(logits[place, {0: 1, 1: 2, 2: 0}[labels[word]]])  # the model's order: O, B-PER, I-PER
+                words += 1
+    assert result.curves[1]["cross_entropy"] == pytest.approx(total / words, rel=1e-4)
+
+
+def test_labels_are_learnt(tagger: Path, tmp_path: Path, tagged: DataSets):
+    from edgestill.bench.tasks import make_task_reference, task_estimates
+    from edgestill.runtimes.scoring import score
+    from edgestill.runtimes.session import SessionOptions
+    from edgestill.runtimes.torch_session import TorchSession
+
+    result = _run(tagger, tmp_path, tagged, _config({"cross_entropy": 1.0}, epochs=3.0, learning_rate=1e-2))
+    reference = make_task_reference(tagger, tmp_path / "said", tagged.tagged[0], max_length=32, threads=1)
+    found = {}
+    for name, folder in (("teacher", tagger), ("student", result.path)):
+        session = TorchSession(folder, SessionOptions(1))
+        estimates = task_estimates(score(session, reference)["logits"], reference)
+        found[name] = {estimate.metric: estimate.summary.value for estimate in estimates}
+    assert found["student"]["f1"] > 0.9 > found["teacher"]["f1"]
+    assert found["student"]["accuracy"] > 0.95 > found["teacher"]["accuracy"]
+
+
 def test_a_folder_of_transformers_becomes_a_teacher(tiny_tagger: Path, tmp_path: Path):
     (source := tmp_path / "source").mkdir()
     for file in tiny_tagger.iterdir():
@@ -93,7 +143,7 @@ def test_a_folder_of_transformers_becomes_a_teacher(tiny_tagger: Path, tmp_path:
 def test_what_does_not_fit_is_one_clear_line(tagger: Path, tmp_path: Path, data: DataSets):
     with pytest.raises(RecipeError, match="'embedding_cosine' does not fit the task token-classification"):
         _run(tagger, tmp_path, data, _config({"embedding_cosine": 1.0}))
-    with pytest.raises(RecipeError, match="'cross_entropy' for token-classification needs labelled words"):
+    with pytest.raises(RecipeError, match="'cross_entropy' needs words labelled O, B-PER, I-PER"):
         _run(tagger, tmp_path, data, _config({"forward_kl": 0.5, "cross_entropy": 0.5}))
     with pytest.raises(RecipeError, match="next token, and the task is token-classification") as error:
         _run(tagger, tmp_path, data, _config({"forward_kl": 1.0}, cache=CacheConfig()))
