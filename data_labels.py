@@ -17,8 +17,8 @@ from .data_files import as_label, clean_text
 from .errors import BadInput, RecipeError
 
 __all__ = [
-    "NO_LABEL", "LabelledSet", "TaggedSet", "Words", "in_labels_of", "join_words", "label_places", "read_words",
-    "tag_tokens",
+    "NO_LABEL", "AnyLabelledSet", "LabelledSet", "TaggedSet", "Words", "in_labels_of", "join_words", "label_places",
+    "read_words", "tag_tokens",
 ]  # fmt: skip
 
 NO_LABEL = -100
@@ -92,10 +92,10 @@ def label_places(labels: Sequence[str], of_model: Sequence[str]) -> tuple[int, .
     return None
 
 
-_Set = TypeVar("_Set", LabelledSet, TaggedSet)
+AnyLabelledSet = TypeVar("AnyLabelledSet", LabelledSet, TaggedSet)
 
 
-def in_labels_of(data: _Set, of_model: Sequence[str]) -> _Set:
+def in_labels_of(data: AnyLabelledSet, of_model: Sequence[str]) -> AnyLabelledSet:
     """``data`` with the model's labels, in its order; :class:`RecipeError` naming those that it does not have."""
     places = label_places(data.labels, of_model)
     if places is None:

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from .recipe_base import NotNegative, Positive, PositiveFloat, Strict
+from .sorted_ids import coded_bytes
 
 __all__ = ["CacheConfig"]
 
@@ -15,8 +16,8 @@ class CacheConfig(Strict):
     """`[distill.cache]`: the teacher is asked once for each token, before training; its answers stay on disk."""
 
     top_k: Positive = 64
-    """logits kept of each token (64: 272 bytes a token); of all others their exact mass together. Losses between
-    probabilities are then exact over k + 1 buckets, a lower bound of the full value."""
+    """logits kept of each token (64: 272 bytes a token at most); of all others their exact mass together. Losses
+    between probabilities are then exact over k + 1 buckets, a lower bound of the full value."""
     tail_samples: Annotated[NotNegative, Field(le=4096)] = 0
     """tokens drawn from the others at each temperature; with them forward_kl is an unbiased estimate of the full
     value."""
@@ -29,13 +30,14 @@ class CacheConfig(Strict):
     def row_bytes(self, vocab_size: int, temperature: float) -> int:
         """Bytes that a token takes (without hidden states), at the `temperature` of `[distill]` and the further ones.
 
-        >>> CacheConfig().row_bytes(49152, 1.0)
-        272
+        >>> CacheConfig().row_bytes(49152, 1.0), CacheConfig().row_bytes(151665, 1.0)
+        (272, 250)
         """
         kept = min(self.top_k, vocab_size)
         samples = self.tail_samples if kept < vocab_size else 0
         number = 2 if vocab_size <= 1 << 16 else 4
-        return kept * (number + 2) + 12 + len({temperature, *self.temperatures}) * (4 + samples * (number + 4))
+        ids = 2 * kept if number == 2 else coded_bytes(kept, vocab_size)
+        return ids + 2 * kept + 12 + len({temperature, *self.temperatures}) * (4 + samples * (number + 4))
 
     @field_validator("path")
     @classmethod

@@ -55,7 +55,7 @@ def entities(tags: Sequence[str]) -> set[Entity]:
 
 
 def f1_estimate(
-    said: Sequence[int], true: Sequence[int], sentences: Array, labels: Sequence[str], *, seed: int = 0
+    said: npt.ArrayLike, true: npt.ArrayLike, sentences: Array, labels: Sequence[str], *, seed: int = 0
 ) -> Estimate | None:
     """F1 over entities; ``said`` and ``true`` are labels of words, ``sentences`` (ascending) whose words they are.
 

@@ -62,10 +62,9 @@ def make_task_reference(
         )
     settings: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "threads": threads,
                                 "progress": progress}  # fmt: skip
-    if folder.labels:
-        data = in_labels_of(data, folder.labels)
-    extra: dict[str, Any] = {"data": data.name, "classes": list(data.labels)}
     if isinstance(data, TaggedSet):
+        data = in_labels_of(data, folder.labels)
+        extra: dict[str, Any] = {"data": data.name, "classes": list(data.labels)}
         if ids_from is not None:  # the same tokens, so the same labels
             return make_reference(model, out, ids_from=ids_from, columns=columns,
                                   extra=read_facts(ids_from)["extra"], **settings)  # fmt: skip
@@ -73,12 +72,15 @@ def make_task_reference(
         extra["tags"] = tag_tokens(load_tokenizer(folder.path), data.test, length, folder.prompt_prefix)
         extra["words"] = sum(len(labels) for _, labels in data.test)
         return make_reference(model, out, texts=[join_words(text) for text, _ in data.test], extra=extra, **settings)
+    if folder.labels:
+        data = in_labels_of(data, folder.labels)
     probes = folder.task == "feature-extraction"
     train = data.train if probes else ()
     if probes and not train:
         raise BadInput(f"{data.name}: a probe needs training examples", hint="set `train` in the [[data.task]]")
     rows = [*train, *data.test]
-    extra |= {"labels": [label for _, label in rows], "train": len(train)}
+    extra = {"data": data.name, "labels": [label for _, label in rows], "classes": list(data.labels),
+             "train": len(train)}  # fmt: skip
     texts = [text for text, _ in rows] if ids_from is None else []
     return make_reference(model, out, texts=texts, ids_from=ids_from, columns=columns, extra=extra, **settings)
 

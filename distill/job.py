@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from ..checkpoints import ModelFolder, load_tokenizer
-from ..data_labels import NO_LABEL, LabelledSet, TaggedSet, in_labels_of, join_words, label_places, tag_tokens
+from ..data_labels import NO_LABEL, AnyLabelledSet, in_labels_of, join_words, label_places, tag_tokens
 from ..errors import BadInput, RecipeError
 from ..files import hash_json
 from ..recipe import DistillConfig
@@ -196,7 +196,7 @@ def prepare(
     return Job(folder, start, plan, config, train, dev, vocabulary, steps, others=others, texts=streamed, length=length)
 
 
-def _labelled(folder: ModelFolder, sets: Sequence[LabelledSet] | Sequence[TaggedSet]) -> list[tuple[Any, Any]]:
+def _labelled(folder: ModelFolder, sets: Sequence[AnyLabelledSet]) -> list[tuple[Any, Any]]:
     """Training rows of the labelled sets that have the model's own classes, with its numbers for them."""
     found: list[tuple[Any, Any]] = []
     for task in sets:

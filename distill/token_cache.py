@@ -43,7 +43,7 @@ _MEANING = {
     "teacher": "another teacher", "tokenizer": "another tokenizer", "corpus": "another corpus",
     "vocab_size": "another vocabulary", "top_k": "another top_k", "temperatures": "other temperatures",
     "tail_samples": "other tail samples", "layers": "other hidden layers", "format": "another version of edgestill",
-    "dtype": "another precision",
+    "ids": "another version of edgestill", "dtype": "another precision",
 }  # fmt: skip
 
 
@@ -163,11 +163,12 @@ class TokenCache:
 
 
 def _with_temperatures(form: TokenFormat, folder: Path) -> TokenFormat | None:
-    """``form`` with the temperatures that the cache in ``folder`` holds; ``None`` if one is missing there."""
+    """``form`` as the cache in ``folder`` has it: its temperatures (``None`` if one is missing there), its ids."""
     try:
-        there: Any = json.loads((folder / HEADER_FILE).read_text(encoding="utf-8"))["temperatures"]
-        temperatures = tuple(float(value) for value in there)
+        there: Any = json.loads((folder / HEADER_FILE).read_text(encoding="utf-8"))
+        temperatures = tuple(float(value) for value in there["temperatures"])
+        plain = "ids" not in there
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    wider = dataclasses.replace(form, temperatures=temperatures)
+    wider = dataclasses.replace(form, temperatures=temperatures, plain_ids=plain)
     return wider if set(form.temperatures) <= set(temperatures) else None

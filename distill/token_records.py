@@ -3,7 +3,8 @@
 The record of a token (:attr:`TokenFormat.dtype`, little endian):
 
 =====================  ===============  =========================================================================
-``ids``                u16 or u32, k    the k likeliest tokens, likeliest first (u16 up to 65,536 tokens)
+``ids``                u16, k           the k likeliest tokens, likeliest first; of a vocabulary above 65,536 tokens
+                                        u8 [n], ascending, coded by :mod:`edgestill.sorted_ids`
 ``offsets``            u16, k           largest logit − logit, as a fraction of ``range`` in 1/65,534; 65,535: −inf
 ``range``              f32              largest finite offset of the k
 ``top``                f32              the largest logit
@@ -14,7 +15,8 @@ The record of a token (:attr:`TokenFormat.dtype`, little endian):
 ``hidden``             f16, L x D       outputs of L blocks (none by default)
 =====================  ===============  =========================================================================
 
-k = 64 and one temperature: 272 bytes a token, 4 more for each further temperature, 2·D more for each block.
+k = 64 and one temperature: 272 bytes a token (250 over 151,665 tokens, whose ids are coded), 4 more for each further
+temperature, 2·D more for each block.
 
 The tail at T comes from the full logits: it can't be had later from masses at T = 1. So the k+1 buckets (k tokens and
 "any other") are the teacher's own distribution, coarsened, at each stored temperature. Precision: an offset is off by
@@ -37,19 +39,24 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
+from ..sorted_ids import coded_bytes, decode_sets, encode_sets
 from .signal import Sparse
 from .store import Records
 
-__all__ = ["TokenFormat", "capture", "decode"]
+__all__ = ["CODED_IDS", "TokenFormat", "capture", "decode"]
 
 STEPS = 65534
 RULED_OUT = 65535
 SMALL_VOCABULARY = 1 << 16
+CODED_IDS = "elias-fano"
 
 
 @dataclass(frozen=True)
 class TokenFormat:
-    """What is kept of each token. ``vocab_size`` is the tokenizer's; ``width`` numbers in a hidden state."""
+    """What is kept of each token. ``vocab_size`` is the tokenizer's; ``width`` numbers in a hidden state.
+
+    ``plain_ids``: ids of a large vocabulary are u32, as caches had them before they were coded; still read.
+    """
 
     vocab_size: int
     top_k: int = 64
@@ -57,6 +64,12 @@ class TokenFormat:
     tail_samples: int = 0
     layers: tuple[int, ...] = ()
     width: int = 0
+    plain_ids: bool = False
+
+    @property
+    def coded(self) -> bool:
+        """Whether the ids of a token are kept in ascending order, coded."""
+        return self.vocab_size > SMALL_VOCABULARY and not self.plain_ids
 
     @property
     def kept(self) -> int:
@@ -73,8 +86,9 @@ class TokenFormat:
         """The packed record."""
         number = "<u2" if self.vocab_size <= SMALL_VOCABULARY else "<u4"
         k, count = self.kept, len(self.temperatures)
+        ids = ("ids", "u1", (coded_bytes(k, self.vocab_size),)) if self.coded else ("ids", number, (k,))
         fields: list[tuple[Any, ...]] = [
-            ("ids", number, (k,)), ("offsets", "<u2", (k,)), ("range", "<f4"), ("top", "<f4"),
+            ids, ("offsets", "<u2", (k,)), ("range", "<f4"), ("top", "<f4"),
             ("log_normaliser", "<f4"), ("tail", "<f4", (count,)),
         ]  # fmt: skip
         if self.samples:
@@ -90,6 +104,7 @@ class TokenFormat:
         return {
             "vocab_size": self.vocab_size, "top_k": self.kept, "temperatures": list(self.temperatures),
             "tail_samples": self.samples, "layers": list(self.layers), "width": self.width if self.layers else 0,
+            **({"ids": CODED_IDS} if self.coded else {}),
         }  # fmt: skip
 
     def place(self, temperature: float) -> int:
@@ -117,12 +132,15 @@ def capture(
     # topk puts NaN first, so the largest value shows all that must not be there.
     if not bool(torch.isfinite(top).all()):
         raise BadInput("the teacher's logits are not finite (NaN or infinity)", hint="check the teacher's weights")
+    if form.coded:
+        ids, order = ids.sort(dim=-1)
+        values = values.gather(-1, order)
     records = np.zeros(len(wide), dtype=form.dtype)
     offsets = (top - values).double()
     ruled_out = torch.isinf(offsets)
     span = torch.where(ruled_out, 0.0, offsets).amax(-1, keepdim=True).float()
     scaled = torch.where(ruled_out, RULED_OUT, (offsets / span.double().clamp_min(1e-30) * STEPS).round())
-    records["ids"] = _numpy(ids)
+    records["ids"] = encode_sets(_numpy(ids), form.vocab_size) if form.coded else _numpy(ids)
     records["offsets"] = _numpy(scaled)
     records["range"] = _numpy(span[:, 0])
     records["top"] = _numpy(top[:, 0])
@@ -174,9 +192,9 @@ def decode(records: Records, form: TokenFormat, temperature: float) -> Sparse:
             "sampled_ids": torch.from_numpy(records["sampled_ids"][:, place].astype(np.int64)),
             "sampled_log_probs": torch.from_numpy(records["sampled_log_probs"][:, place].astype(np.float32)),
         }
-    return Sparse(
-        torch.from_numpy(records["ids"].astype(np.int64)), log_probs, tail, temperature, form.vocab_size, **sampled
-    )
+    stored = records["ids"]
+    ids = decode_sets(stored, form.kept, form.vocab_size) if form.coded else stored.astype(np.int64)
+    return Sparse(torch.from_numpy(ids), log_probs, tail, temperature, form.vocab_size, **sampled)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray[Any, np.dtype[Any]]:

@@ -40,7 +40,7 @@ FLOORS = {
     "recipe": 0, "recipe_base": 0, "recipe_cache": 0, "recipe_teaching": 0, "recipe_training": 0, "recipe_student": 0,
     "recipe_text": 0, "recipe_export": 0, "quantisation": 0, "quantisation_base": 0,
     "quantisation_budget": 0, "quantisation_onnx": 0, "quantisation_gguf": 0, "quantisation_coreml": 0,
-    "loss_names": 0, "artifact": 0, "grids": 0, "ggml_grids": 0, "ggml_bits": 0,
+    "loss_names": 0, "artifact": 0, "grids": 0, "sorted_ids": 0, "ggml_grids": 0, "ggml_bits": 0,
     "ggml_blocks": 0, "ggml_k": 0, "ggml_iq": 0, "ggml_codebooks": 0, "coreml_grids": 0, "errors": 0, "files": 0,
     "progress": 0, "": 0,
 }  # fmt: skip

@@ -144,6 +144,35 @@ def test_a_named_cache_of_an_older_format_or_without_sense_is_refused(tmp_path: 
             _cache(named, form)
 
 
+def test_a_cache_from_before_ids_were_coded_is_still_read(tmp_path: Path):
+    lengths = np.array([4, 3])
+
+    def fill(place: Path, form: TokenFormat) -> tuple[TokenCache, list[int]]:
+        asked: list[int] = []
+
+        def answer(rows: list[int]) -> Any:
+            asked.extend(rows)
+            chooser = torch.Generator().manual_seed(0)
+            yield torch.randn(int((lengths[rows] - 1).sum()), 66_000, generator=chooser), ()
+
+        cache = TokenCache(place, KEY, form, lengths)
+        cache.fill(answer)
+        return cache, asked
+
+    old, asked = fill(tmp_path / "shared", TokenFormat(66_000, 8, plain_ids=True))
+    assert asked
+    for place in (tmp_path / "shared", old.store.folder):
+        found, asked = fill(place, TokenFormat(66_000, 8))
+        assert (asked, found.store.folder) == ([], old.store.folder)
+    new, asked = fill(tmp_path / "own", TokenFormat(66_000, 8))
+    assert asked
+    assert new.store.plan().row_bytes < found.store.plan().row_bytes
+    ours, theirs = (cache.sparse(np.arange(2), 1.0) for cache in (new, found))
+    order = theirs.ids.argsort(-1)
+    assert torch.equal(ours.ids, theirs.ids.gather(-1, order))
+    torch.testing.assert_close(ours.log_probs, theirs.log_probs.gather(-1, order), rtol=0, atol=2e-6)
+
+
 def test_the_plan_is_the_size_on_disk(tmp_path: Path):
     form = TokenFormat(49152, 64)
     plan = TokenCache(tmp_path, KEY, form, LENGTHS).plan()

@@ -37,7 +37,9 @@ def _buckets(logits: Tensor, k: int, temperature: float) -> tuple[np.ndarray, np
 def test_a_token_of_a_vocabulary_of_49152_takes_272_bytes_at_k_64():
     assert TokenFormat(49152).dtype.itemsize == 272
     assert TokenFormat(49152, temperatures=(1.0, 2.0)).dtype.itemsize == 276
-    assert TokenFormat(151665).dtype.itemsize == 272 + 128  # ids no longer fit 16 bits
+    assert TokenFormat(151665).dtype.itemsize == 144 + 106  # ids no longer fit 16 bits: they are coded
+    assert TokenFormat(262144).dtype.itemsize <= 300
+    assert TokenFormat(151665, plain_ids=True).dtype.itemsize == 272 + 128
     assert TokenFormat(49152, tail_samples=4).dtype.itemsize == 272 + 4 * 6
     assert TokenFormat(49152, layers=(3, 7), width=576).dtype.itemsize == 272 + 2 * 2 * 576
     records = capture(_logits(3, 49152), TokenFormat(49152, temperatures=(1.0, 2.0)))
@@ -50,6 +52,24 @@ def test_the_recipe_knows_the_size_without_torch(vocabulary: int, samples: int):
     config = CacheConfig(tail_samples=samples, temperatures=(1.0, 4.0))
     form = TokenFormat(vocabulary, 64, (1.0, 2.0, 4.0), samples)
     assert config.row_bytes(vocabulary, 2.0) == form.dtype.itemsize
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+def test_coded_ids_say_what_plain_ones_say(samples: int):
+    logits = _logits(20, 70_001)
+    logits[3, 100:] = -math.inf  # ruled out, nearly everything
+    said = []
+    for plain in (True, False):
+        form = TokenFormat(70_001, 64, (1.0, 2.0), samples, plain_ids=plain)
+        generators = tuple(torch.Generator().manual_seed(seed) for seed in (1, 2))
+        said.append(decode(capture(logits, form, generators), form, 2.0))
+    ours, theirs = said[1], said[0]
+    order = theirs.ids.argsort(-1)
+    assert torch.equal(ours.ids, theirs.ids.gather(-1, order))
+    torch.testing.assert_close(ours.log_probs, theirs.log_probs.gather(-1, order), rtol=0, atol=2e-6)
+    torch.testing.assert_close(ours.tail, theirs.tail, rtol=1e-6, atol=0)
+    if samples:
+        assert torch.equal(ours.sampled_ids, theirs.sampled_ids)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])

@@ -21,6 +21,7 @@ from .distill_steps import PLAIN, TOP_K, rounds, taken
 CACHED = ("cached", "own", "plain")
 CACHED_TURNS = [(name, "step") for name in CACHED]
 TEXTS, LENGTH, BATCH = 256, 128, 4
+LARGE_VOCABULARY = 151_665
 _MOST_BYTES = 300.0
 _SHARE = 0.1  # what a cached step may take beyond a plain one
 
@@ -60,6 +61,24 @@ def cache_bytes(context: Context, variant: str) -> Taken:
 
 
 @figure(
+    "cache_bytes_large", group="distill", title=f"the same over a vocabulary of 151,665 tokens, k = {TOP_K}",
+    unit="bytes", limit=_MOST_BYTES, peer="none: an absolute promise",
+)  # fmt: skip
+def cache_bytes_large(context: Context, variant: str) -> Taken:
+    """Few tokens: each holds as much as any, and the checksums count for more here than in a real cache."""
+    cache, vocab_size, tokens = _filled(context, LARGE_VOCABULARY, texts=16)
+    size = sum(path.stat().st_size for path in cache.store.folder.rglob("*") if path.is_file())
+    begin = time.perf_counter()
+    cache.sparse(np.arange(BATCH), 1.0)
+    took = time.perf_counter() - begin
+    how = (
+        f"all files of a cache of {tokens:,} tokens over it: checksums and header included; vocabulary {vocab_size:,}, "
+        f"one temperature; {BATCH * (LENGTH - 1)} tokens read and decoded in {took * 1e3:.1f} ms"
+    )
+    return Taken(size / tokens, how)
+
+
+@figure(
     "cache_reading", group="distill", title="share of a plain fine-tuning step that reading a cached teacher takes",
     unit="ratio", limit=_SHARE, peer=PLAIN,
 )  # fmt: skip
@@ -84,15 +103,15 @@ def cache_reading(context: Context, variant: str) -> Taken:
     return Taken(found, f"{how}; {busy}" if busy else how, (low, high), void=context.void)
 
 
-def _filled(context: Context) -> tuple[TokenCache, int, int]:
+def _filled(context: Context, vocabulary: int = 49_152, texts: int = TEXTS) -> tuple[TokenCache, int, int]:
     """A cache of random answers: what is stored does not depend on what the teacher says."""
-    vocab_size = 512 if context.tiny else 49_152
+    vocab_size = 512 if context.tiny and vocabulary == 49_152 else vocabulary
 
     def take() -> TokenCache:
         context.progress("filling a cache")
         key = {"teacher": "random", "tokenizer": "random", "corpus": "random"}
-        lengths = np.full(TEXTS, LENGTH, dtype=np.int64)
-        cache = TokenCache(context.scratch / "random-cache", key, TokenFormat(vocab_size, TOP_K), lengths)
+        lengths = np.full(texts, LENGTH, dtype=np.int64)
+        cache = TokenCache(context.scratch / f"random-cache-{vocab_size}", key, TokenFormat(vocab_size, TOP_K), lengths)
         generator = torch.Generator().manual_seed(0)
 
         def answer(rows: list[int]) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
@@ -102,7 +121,7 @@ def _filled(context: Context) -> tuple[TokenCache, int, int]:
         cache.fill(answer)
         return cache
 
-    return context.once("random-cache", take), vocab_size, TEXTS * (LENGTH - 1)
+    return context.once(f"random-cache-{vocab_size}", take), vocab_size, texts * (LENGTH - 1)
 
 
 def _forget(folder: Path) -> None:
