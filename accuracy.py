@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .artifact import TOKEN_TASKS, open_artifact
-from .bench.completions import CompletionSet, completion_estimates, encode_pairs, load_tokenizer_file, read_completions
+from .bench.completions import read_completions
 from .bench.environment import describe_environment, device_label
-from .bench.likelihood import Likelihood, likelihoods
+from .bench.labelled import read_labelled, read_pairs
 from .bench.metrics import METRICS
 from .bench.records import Measurement
+from .bench.task_files import TaskFile, first_fields
 from .commands import judged_texts, model_folder
-from .errors import BadInput, EdgestillError, ResourceExhausted, Unsupported, UsageError
+from .errors import EdgestillError, ResourceExhausted, Unsupported, UsageError
 from .runtimes.precision import scoring_options, scoring_protocol
-from .runtimes.session import SessionInfo
 from .runtimes.targets import SCHEMES, Target, open_target, parse_target
 from .runtimes.transports.local import LocalWorker
 from .stages import Observer
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .bench.measure import Subject
     from .checkpoints import ModelFolder
 
-__all__ = ["AccuracyRequest", "measure_accuracy"]
+__all__ = ["AccuracyRequest", "measure_accuracy", "read_task"]
 
 EXAMPLES = 1024
 """Texts that are read from a file at most."""
@@ -46,7 +46,7 @@ _HEADLINE = {"feature-extraction": "spearman"}  # what stands for all metrics of
 @dataclass(frozen=True)
 class AccuracyRequest:
     """Compare with ``against`` (the teacher) and ``student`` on ``text`` (default: the built-in sample); answer
-    ``tasks`` (JSON lines, :mod:`edgestill.bench.completions`). At most ``tokens`` are predicted (text generation), in
+    ``tasks`` (JSON lines, :func:`read_task`). At most ``tokens`` are predicted (text generation), in
     windows of ``window``, or ``examples`` texts are read."""
 
     against: Path | None = None
@@ -79,7 +79,7 @@ def measure_accuracy(
     if request.against is None and not request.tasks:
         raise UsageError("nothing to compare with", hint="--against TEACHER, or --tasks FILE.jsonl")
     names = [str(parse_target(text)) for text in targets]
-    sets = [read_completions(path) for path in request.tasks]
+    sets = [read_task(path) for path in request.tasks]
     observer.started("accuracy", "measure accuracy")
     with contextlib.ExitStack() as stack:
         places = [_find_place(name, stack, observer) for name in names]  # before minutes are spent on what it asks
@@ -87,6 +87,15 @@ def measure_accuracy(
         question = _Question(request, observer)
         question.make(sets, Path(scratch))
         return [row for place in places for row in _Judge(question, place).measure(subjects)]
+
+
+def read_task(path: Path) -> TaskFile:
+    """A file of examples, of the kind that its first line is of: labelled texts, scored pairs
+    (:mod:`edgestill.bench.labelled`), multiple choice or cloze (:mod:`edgestill.bench.completions`)."""
+    fields = first_fields(path)
+    if "text" in fields:
+        return read_labelled(path)
+    return read_pairs(path) if {"first", "second"} & fields else read_completions(path)
 
 
 @dataclass(frozen=True)
@@ -123,10 +132,10 @@ class _Question:
     observer: Observer
     data: str = ""
     references: Mapping[str, Path] = field(default_factory=dict)
-    sets: Sequence[CompletionSet] = ()
-    answers: dict[str, list[Likelihood]] = field(default_factory=dict)
+    sets: Sequence[TaskFile] = ()
+    answers: dict[str, Any] = field(default_factory=dict)
 
-    def make(self, sets: Sequence[CompletionSet], work: Path) -> None:
+    def make(self, sets: Sequence[TaskFile], work: Path) -> None:
         self.sets = sets
         if self.request.against is None:
             return
@@ -162,20 +171,13 @@ class _Question:
         )
         return name, {"teacher": theirs, "student": own}
 
-    def ask(self, worker: Any, folder: Path, data: CompletionSet, name: str) -> list[Likelihood]:
-        """How likely a worker's model finds each continuation of ``data``."""
-        info: SessionInfo = worker.info()
-        if info.task != "text-generation":
-            raise BadInput(f"{data.name} asks for continuations, {name} is for {info.task}",
-                           hint="choices and cloze need a model that generates text")  # fmt: skip
-        tokenizer = load_tokenizer_file(folder)
-        pairs = [(one.context, text) for one in data.examples for text in one.continuations]
-        ids = encode_pairs(tokenizer, pairs, _prefix(folder, tokenizer))
+    def ask(self, worker: Any, folder: Path, data: TaskFile, name: str) -> Any:
+        """What a worker's model answers to ``data``."""
 
         def progress(message: str, fraction: float | None = None) -> None:
             self.observer.advanced(f"{name} on {data.name}", fraction)
 
-        return likelihoods(worker, ids, batch_size=self.request.batch_size, progress=progress)
+        return data.ask(worker, folder, batch_size=self.request.batch_size, progress=progress)
 
 
 @dataclass
@@ -217,13 +219,13 @@ class _Judge:
 
         return self._rows(subject, take, metric, protocol, against=against, data=self.question.data)
 
-    def _task(self, subject: Subject, data: CompletionSet) -> list[Measurement]:
+    def _task(self, subject: Subject, data: TaskFile) -> list[Measurement]:
         def take(worker: Any) -> list[Estimate]:
             found = self.question.ask(worker, subject.folder, data, subject.name)
             teacher = self.question.answers.get(data.name)
-            return completion_estimates(data, found, teacher=teacher, seed=self.request.seed)
+            return data.estimates(found, teacher=teacher, seed=self.request.seed)
 
-        return self._rows(subject, take, "accuracy", {}, data=data.name)
+        return self._rows(subject, take, data.headline, {}, data=data.name)
 
     def _rows(
         self, subject: Subject, take: Callable[[Any], list[Estimate]], metric: str, protocol: Mapping[str, Any],
@@ -279,19 +281,3 @@ def _check_room(work: Path, model: ModelFolder, request: AccuracyRequest, *, bot
             f"the reference needs {wanted / 1e9:.1f} GB in {work.parent}, {free / 1e9:.1f} GB are free",
             hint="lower --tokens, or set TMPDIR to a folder with more room",
         )
-
-
-def _prefix(folder: Path, tokenizer: Any) -> int | None:
-    """The token that stands for an empty context: BOS, else end of text, as ``tokenizer_config.json`` names them."""
-    from .files import read_json
-
-    path = folder / "tokenizer_config.json"
-    config = read_json(path) if path.is_file() else {}
-    for name in ("bos_token", "eos_token"):
-        value = config.get(name) if isinstance(config, dict) else None
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            found = tokenizer.token_to_id(text)
-            if found is not None:
-                return int(found)
-    return None

@@ -64,7 +64,8 @@ def bench(
     student: Annotated[Path | None, typer.Option(help="The float student, to compare with as well.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text to compare on (jsonl, csv, parquet, txt).")] = None,
     tasks: Annotated[
-        list[Path], typer.Option(help="A JSON-lines file of multiple choice or cloze; may be given again.")
+        list[Path],
+        typer.Option(help="A JSON-lines file: choices, cloze, labelled texts or scored pairs; may be given again."),
     ] = [],  # noqa: B006 - typer copies it
     tokens: Annotated[int, typer.Option(min=2, help="Tokens that accuracy is taken on (text generation).")] = 2048,
     speed: Annotated[bool, typer.Option(help="Whether to measure speed, memory and size.")] = True,

@@ -15,7 +15,8 @@ _TITLES = {
     "top1_agreement": "top-1 agreement", "top5_agreement": "top-5 agreement", "delta_p": "Δp mean",
     "delta_p_rms": "Δp RMS", "perplexity": "perplexity",
     "perplexity_ratio": "perplexity ratio", "next_token_accuracy": "next token right", "ece": "calibration error",
-    "cosine": "cosine", "spearman": "Spearman", "accuracy": "accuracy", "f1": "F1", "accuracy_raw": "accuracy, plain",
+    "cosine": "cosine", "spearman": "Spearman", "sts_spearman": "Spearman with people", "accuracy": "accuracy",
+    "f1": "F1", "accuracy_raw": "accuracy, plain",
     "accuracy_ratio": "accuracy / teacher's", "target_perplexity": "perplexity of a target",
 }  # fmt: skip
 _TAILS = ("p1", "p5", "p50", "p95", "p99")

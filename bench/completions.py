@@ -13,8 +13,6 @@ space unless one of them brings white space to the joint; ``"join": ""`` (or any
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +21,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BadInput, MissingDependency
+from ..errors import BadInput
+from ..files import read_json
+from ..progress import Progress, silent
+from ..runtimes.session import SessionInfo
 from .fidelity import Estimate, mean_estimate
-from .likelihood import Likelihood
+from .likelihood import Likelihood, likelihoods
 from .records import Summary
 from .statistics import bootstrap_interval
+from .task_files import checked, load_tokenizer_file, read_examples
 from .tasks import accuracy_ratio
 
 __all__ = [
@@ -35,13 +37,11 @@ __all__ = [
     "Example",
     "completion_estimates",
     "encode_pairs",
-    "load_tokenizer_file",
     "read_completions",
 ]
 
 Kind = Literal["choice", "cloze"]
-_FIELDS = {"context", "choices", "answer", "target", "join"}
-_MOST_BYTES = 256 << 20
+_FIELDS = ("context", "choices", "answer", "target", "join")
 
 
 @dataclass(frozen=True)
@@ -62,44 +62,38 @@ class CompletionSet:
     kind: Kind
     examples: tuple[Example, ...]
     sha256: str
+    headline: str = "accuracy"
+
+    def ask(
+        self, worker: Any, folder: Path, *, batch_size: int = 8, progress: Progress = silent
+    ) -> list[Likelihood]:  # fmt: skip
+        """How likely the model finds each continuation, example after example."""
+        info: SessionInfo = worker.info()
+        if info.task != "text-generation":
+            raise BadInput(f"{self.name} asks for continuations, {folder.name} is for {info.task}",
+                           hint="choices and cloze need a model that generates text")  # fmt: skip
+        tokenizer = load_tokenizer_file(folder)
+        pairs = [(one.context, text) for one in self.examples for text in one.continuations]
+        ids = encode_pairs(tokenizer, pairs, _prefix(folder, tokenizer))
+        return likelihoods(worker, ids, batch_size=batch_size, progress=progress)
+
+    def estimates(self, answers: Any, *, teacher: Any | None = None, seed: int = 0) -> list[Estimate]:
+        """See :func:`completion_estimates`."""
+        return completion_estimates(self, answers, teacher=teacher, seed=seed)
 
 
 def read_completions(path: Path) -> CompletionSet:
     """Read a file of examples; :class:`BadInput` names the line that is not one."""
-    if not path.is_file():
-        raise BadInput(f"{path} does not exist", hint="pass a JSON-lines file: see docs/accuracy.md")
-    if path.stat().st_size > _MOST_BYTES:
-        raise BadInput(f"{path} has {path.stat().st_size} bytes", hint="a file of examples has at most 256 MB")
-    data = path.read_bytes()
-    examples, kinds = [], set()
-    try:
-        lines = data.decode("utf-8").split("\n")  # and not where a string holds U+2028
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: byte {error.start} is not UTF-8", hint="save it as UTF-8") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            kind, example = _example(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise BadInput(
-                f"{path}:{number}: {error}",
-                hint='{"context", "choices", "answer"} or {"context", "target"} on each line',
-            ) from None
-        kinds.add(kind)
-        examples.append(example)
-    if not examples:
-        raise BadInput(f"{path} has no example", hint="a line of JSON for each example: see docs/accuracy.md")
+    hint = '{"context", "choices", "answer"} or {"context", "target"} on each line'
+    found, digest = read_examples(path, _example, hint)
+    kinds = {kind for kind, _ in found}
     if len(kinds) > 1:
         raise BadInput(f"{path} mixes multiple choice and cloze", hint="a file for each kind")
-    return CompletionSet(path.stem, kinds.pop(), tuple(examples), hashlib.sha256(data).hexdigest())
+    return CompletionSet(path.stem, kinds.pop(), tuple(example for _, example in found), digest)
 
 
 def _example(raw: Any) -> tuple[Kind, Example]:
-    if not isinstance(raw, dict):
-        raise ValueError("not an object")
-    if unknown := set(raw) - _FIELDS:
-        raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
+    raw = checked(raw, _FIELDS)
     context, join = raw.get("context"), raw.get("join")
     if not isinstance(context, str) or not (join is None or isinstance(join, str)):
         raise ValueError("`context` (and `join`, where given) must be text")
@@ -130,18 +124,6 @@ def _joined(context: str, texts: tuple[str, ...], answer: int, join: str | None)
         return "" if not context or context[-1:].isspace() or text[:1].isspace() else " "
 
     return Example(context, tuple(gap(text) + text for text in texts), answer, texts)
-
-
-def load_tokenizer_file(folder: Path) -> Any:
-    """The ``tokenizer.json`` that lies in an artifact or model folder."""
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise MissingDependency.package("tokenizers", "distill") from None
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise BadInput(f"{folder} has no tokenizer.json", hint="pass an artifact folder or a prepared model folder")
-    return Tokenizer.from_file(str(path))
 
 
 def encode_pairs(
@@ -222,3 +204,17 @@ def _target_perplexity(surprise: npt.NDArray[np.float64], protocol: Mapping[str,
     summary = Summary(float(np.exp(surprise.mean())), "geometric_mean", len(surprise), low, high)
     samples = tuple(float(f"{value:.6g}") for value in np.exp(surprise))
     return Estimate("target_perplexity", summary, samples, {**protocol, "of": "a whole target"})
+
+
+def _prefix(folder: Path, tokenizer: Any) -> int | None:
+    """The token that stands for an empty context: BOS, else end of text, as ``tokenizer_config.json`` names them."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    for name in ("bos_token", "eos_token"):
+        value = config.get(name) if isinstance(config, dict) else None
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            found = tokenizer.token_to_id(text)
+            if found is not None:
+                return int(found)
+    return None

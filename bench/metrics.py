@@ -84,6 +84,8 @@ METRICS: Mapping[str, Metric] = _table(
            "have the same size)", "accuracy", _EMBEDDING),
     Metric("spearman", "correlation", "higher", ".4f", "Spearman rank correlation of the cosine similarities of all "
            "pairs of sentences, artifact against reference", "accuracy", _EMBEDDING),
+    Metric("sts_spearman", "correlation", "higher", ".4f", "Spearman rank correlation of the cosines of pairs of texts "
+           "with the similarities that people gave them", "accuracy", _EMBEDDING),
     Metric("accuracy", "fraction", "higher", ".1%", "labels found right on held-out examples (embeddings: by a linear "
            "probe fitted on the artifact's own embeddings; text generation: choices by likelihood per byte, or the "
            "target of a cloze by greedy decoding)", "accuracy"),

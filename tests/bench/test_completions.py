@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgestill.bench.completions import completion_estimates, encode_pairs, load_tokenizer_file, read_completions
+from edgestill.bench.completions import completion_estimates, encode_pairs, read_completions
 from edgestill.bench.likelihood import Likelihood, likelihoods
 from edgestill.bench.metrics import METRICS
+from edgestill.bench.task_files import load_tokenizer_file
 from edgestill.errors import BadInput
 
 CHOICE = {"context": "the film was", "choices": ["good", "very bad"], "answer": 1}
