@@ -7,7 +7,7 @@ A line is one example, of one of two kinds; a file holds one kind::
 
 *Labels*: a classifier answers with its own (``label`` is one of its names, or an index); for a sentence encoder a
 linear probe (:mod:`edgestill.bench.tasks`) is fitted on its embeddings of the lines with ``"split": "train"`` and
-judged on the others. *Pairs* (semantic textual similarity): Spearman's correlation of the cosines of the embeddings with
+judged on the others. *Pairs* (semantic textual similarity): Spearman's correlation of the embeddings' cosines with
 the scores that people gave, as SentEval and MTEB take it; the scale of the scores does not matter.
 """
 
