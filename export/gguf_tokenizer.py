@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints import load_tokenizer
 from ..errors import BadInput, Unsupported
+from ..model_tokenizer import load_tokenizer_lightly
 from . import gguf_native
 from .gguf_metadata import Metadata
 from .gguf_write import write_gguf
@@ -70,7 +70,7 @@ def tokenizer_metadata(model: ModelFolder, described: Metadata, scratch: Path) -
     Raises :class:`Unsupported` when llama.cpp has no tokenizer that gives the same ids, :class:`BadInput` when
     tokenizer and config contradict each other.
     """
-    tokenizer = load_tokenizer(model.path)
+    tokenizer = load_tokenizer_lightly(model.path)
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens = _tokens(tokenizer, model)
     kind = _kind(spec)

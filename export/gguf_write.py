@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +24,7 @@ TensorSlot = tuple[str, tuple[int, ...], str]
 """Name, shape (rows first) and grid (``"q4_k"``) of a tensor to come."""
 
 _ALIGNMENT = 32
+_LENGTH = struct.Struct("<Q")
 _UINT8, _INT32, _UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 0, 5, 4, 6, 7, 8, 9
 
 
@@ -66,7 +68,7 @@ def _pad(stream: BinaryIO) -> None:
 
 def _string(text: str) -> bytes:
     data = text.encode("utf-8", "surrogateescape")
-    return struct.pack("<Q", len(data)) + data
+    return _LENGTH.pack(len(data)) + data
 
 
 def _value(value: Any) -> bytes:
@@ -86,7 +88,8 @@ def _value(value: Any) -> bytes:
             return struct.pack("<IIQ", _ARRAY, _UINT8, len(value)) + value
     head = {str: _STRING, float: _FLOAT32, int: _INT32, bool: _BOOL}[type(value[0])]
     if head == _STRING:
-        items = b"".join(_string(item) for item in value)
+        texts = [item.encode("utf-8", "surrogateescape") for item in value]
+        items = b"".join(chain.from_iterable(zip(map(_LENGTH.pack, map(len, texts)), texts, strict=True)))
     elif head == _BOOL:
         items = bytes(value)
     else:

@@ -24,6 +24,7 @@ from ..grids import GGML_GRIDS, ggml_size
 
 __all__ = ["GgufFile", "GgufTensor"]
 
+_LENGTH = struct.Struct("<Q")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _NAMES = {grid.number: grid.name for grid in GGML_GRIDS.values()}
@@ -160,6 +161,18 @@ class GgufFile:
         # llama.cpp's own files hold tokens that are not UTF-8: they go through unchanged.
         return self._bytes(self._take("Q")[0]).decode("utf-8", "surrogateescape")
 
+    def _strings(self, count: int) -> list[str]:
+        """:meth:`_string`, ``count`` times: vocabularies have a hundred thousand."""
+        at, stored, read, found = self._at, self._map, _LENGTH.unpack_from, []
+        for _ in range(count):
+            begin = at + 8
+            at = begin + read(stored, at)[0]
+            found.append(stored[begin:at].decode("utf-8", "surrogateescape"))
+        if at > len(stored):  # a slice beyond the end was shorter than promised
+            raise self._damaged("it is truncated")
+        self._at = at
+        return found
+
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
             return self._string()
@@ -168,7 +181,7 @@ class GgufFile:
             if item == _STRING:
                 if count * 8 > len(self._map) - self._at:
                     raise self._damaged("it is truncated")
-                return [self._string() for _ in range(count)]
+                return self._strings(count)
             if item not in _SCALARS:
                 raise self._damaged(f"array of type {item}")
             form = np.dtype("<" + _SCALARS[item])
