@@ -4,20 +4,21 @@ This is GPTQ (Frantar et al., *GPTQ: accurate post-training quantization*, 2022)
 rows. With ``H`` the second moments of a matrix's inputs, the error that counts is ``tr(D H Dᵀ)`` for a change ``D`` of
 the weights, not ``|D|²``. Any codes are legal, so a decoder never knows: a file of the same size says more.
 
-What a grid is stays outside: :func:`compensate` asks a :class:`Grid` to choose the scales of a block and to round one
-column after the other. GGML's grids stand in :mod:`.compensate_ggml`.
+What a grid is stays outside. :func:`feed_back` is the method itself; :mod:`.onnx_compensation` gives it columns whose
+scales are chosen before. :func:`compensate` asks a :class:`Grid` to choose the scales of a block when its turn comes;
+GGML's grids stand in :mod:`.compensate_ggml`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Grid", "Prepared", "Rounding", "compensate", "output_error", "prepare", "spread"]
+__all__ = ["Grid", "Prepared", "Rounding", "compensate", "feed_back", "output_error", "prepare", "spread"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -97,6 +98,28 @@ def prepare(hessian: npt.NDArray[np.floating], width: int, damping: float = DAMP
     return Prepared(width, order, spread(matrix[np.ix_(places, places)], damping))
 
 
+def feed_back(left: Floats, upper: Floats, rounded: Callable[[int], Floats], *, panel: int) -> None:
+    """The whole idea: round ``left [columns, rows]`` from the first column to the last, and take each one's error out
+    of those that are still to come, as ``upper`` (:func:`spread`) says. Changes ``left``.
+
+    ``rounded(column)`` keeps the codes of ``left[column]`` as it stands then, and gives what they decode to. When the
+    first column of a panel of ``panel`` comes, all columns are as the ones before have left them; within the panel,
+    its own.
+    """
+    columns, rows = left.shape
+    for first in range(0, columns, panel):
+        end = min(first + panel, columns)
+        errors = np.empty((end - first, rows), np.float32)
+        for column in range(first, end):
+            error = errors[column - first]
+            np.subtract(left[column], rounded(column), out=error)
+            error /= upper[column, column]
+            if column + 1 < end:
+                left[column + 1 : end] -= upper[column, column + 1 : end, None] * error
+        if end < columns:
+            left[end:] -= upper[first:end, end:].T @ errors
+
+
 def compensate(weight: Floats, hessian: npt.NDArray[np.floating] | Prepared, grid: Grid[R], *,
                damping: float = DAMPING) -> Compensated[R]:  # fmt: skip
     """Round ``weight [rows, columns]`` onto ``grid`` with the least change of its outputs.
@@ -104,8 +127,7 @@ def compensate(weight: Floats, hessian: npt.NDArray[np.floating] | Prepared, gri
     ``hessian [columns, columns]`` are the second moments of its inputs, ``E[x xᵀ]``; a diagonal one gives plain
     importance-weighted rounding. ``columns`` must be whole blocks. Each row is rounded by itself.
     """
-    rows, columns = weight.shape
-    width = grid.width
+    columns, width = weight.shape[1], grid.width
     ready = hessian if isinstance(hessian, Prepared) else prepare(hessian, width, damping)
     if ready.width != width:
         raise ValueError(f"prepared for blocks of {ready.width}, not {width}")
@@ -114,30 +136,24 @@ def compensate(weight: Floats, hessian: npt.NDArray[np.floating] | Prepared, gri
     left = np.ascontiguousarray(weight.T[places], np.float32)  # [columns, rows], as it still has to be rounded
     importance = (1 / np.diag(upper).astype(np.float64) ** 2).astype(np.float32)
     decoded = np.empty_like(left)
-    blocks: list[R | None] = [None] * len(order)
-    panel = min(_PANEL, width)
-    for at in range(0, columns, width):
-        block = grid.begin(left[at : at + width], importance[at : at + width])
-        blocks[order[at // width]] = block
-        for first in range(at, at + width, panel):
-            errors = np.empty((panel, rows), np.float32)
-            end = first + panel
-            for column in range(first, end):
-                if (column - at) % grid.part == 0:
-                    part = slice(column, column + grid.part)
-                    block.begin_part((column - at) // grid.part, left[part], importance[part])
-                values = left[column]
-                decoded[column] = block.round(column - at, values)
-                error = errors[column - first]
-                np.subtract(values, decoded[column], out=error)
-                error /= upper[column, column]
-                if column + 1 < end:
-                    left[column + 1 : end] -= upper[column, column + 1 : end, None] * error
-            if end < columns:
-                left[end:] -= upper[first:end, end:].T @ errors
+    blocks: dict[int, R] = {}
+
+    def rounded(column: int) -> Floats:
+        begun, inside = divmod(column, width)
+        if inside == 0:
+            whole = slice(column, column + width)
+            blocks[int(order[begun])] = grid.begin(left[whole], importance[whole])
+        block = blocks[int(order[begun])]
+        if inside % grid.part == 0:
+            part = slice(column, column + grid.part)
+            block.begin_part(inside // grid.part, left[part], importance[part])
+        decoded[column] = block.round(inside, left[column])
+        return decoded[column]
+
+    feed_back(left, upper, rounded, panel=min(_PANEL, width))
     back = np.empty_like(places)
     back[places] = np.arange(columns)
-    return Compensated(np.ascontiguousarray(decoded[back].T), [block for block in blocks if block is not None])
+    return Compensated(np.ascontiguousarray(decoded[back].T), [blocks[at] for at in range(len(order))])
 
 
 def output_error(change: Floats, hessian: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:

@@ -20,6 +20,7 @@ from ..artifact import Task
 from ..bench.reference import Inputs
 from ..errors import MissingDependency
 from ..progress import Progress, silent
+from .input_sums import InputSums, matrices
 
 __all__ = ["batches", "input_moments", "linear_names"]
 
@@ -29,10 +30,7 @@ Floats = npt.NDArray[np.float32]
 def linear_names(root: Any) -> dict[str, str]:
     """Module -> parameter name of the weight of every ``nn.Linear`` of ``root``; a head that is tied to the embedding
     goes by the embedding's name, as in a model folder."""
-    from torch import nn
-
-    names = {id(value): name for name, value in root.named_parameters()}  # a shared one under its first name
-    return {name: names[id(module.weight)] for name, module in root.named_modules() if isinstance(module, nn.Linear)}
+    return {name: parameter for name, (parameter, _) in matrices(root, ("Linear",)).items()}
 
 
 def batches(inputs: Inputs, batch_size: int) -> Iterator[tuple[Any, Any]]:
@@ -85,8 +83,7 @@ def input_moments(
         watch.close()
         for parameter in frozen:
             parameter.requires_grad_(True)
-    means = {name: (total / tokens).numpy() for name, total in watch.sums.items()}
-    return {name: means[first] for name, first in watch.shared.items() if first in means}
+    return watch.sums.means(dict.fromkeys(watch.sums.shared, tokens))
 
 
 def _drawn(said: Any, mask: Any, task: Task, generator: Any) -> Any:
@@ -106,11 +103,9 @@ class _Watch:
     """Keeps what goes into the products of a pass, and how much each token's outputs matter."""
 
     def __init__(self, root: Any) -> None:
-        self.sums: dict[str, Any] = {}
-        self.shared: dict[str, str] = {}  # parameter -> the first one with the same input
+        self.sums = InputSums()
         self._inputs: dict[str, Any] = {}
         self._influence: dict[str, Any] = {}
-        self._last: tuple[Any, str] = (None, "")
         modules = dict(root.named_modules())
         self._hooks = [
             modules[module].register_forward_hook(lambda _, given, out, name=name: self._see(name, given[0], out))
@@ -119,9 +114,7 @@ class _Watch:
         self._hooks.append(root.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_()))
 
     def _see(self, name: str, given: Any, out: Any) -> None:
-        first = self._last[1] if given is self._last[0] else name
-        self._last = (given, first)
-        self.shared.setdefault(name, first)
+        first = self.sums.first(name, given)
         self._inputs[first] = given.detach()
         if out.requires_grad:
             out.register_hook(lambda gradient: self._matters(first, gradient.detach()))
@@ -140,12 +133,10 @@ class _Watch:
                 weight = influence.reshape(-1)
                 if influence.shape == mask.shape:
                     rows, weight = rows[mask.reshape(-1)], weight[mask.reshape(-1)]
-                if name not in self.sums:
-                    self.sums[name] = torch.zeros(rows.shape[-1], rows.shape[-1])
-                self.sums[name].addmm_((rows * weight[:, None]).T, rows)
+                self.sums.add(name, rows, weight)
         self._inputs.clear()
         self._influence.clear()
-        self._last = (None, "")
+        self.sums.forget()
 
     def close(self) -> None:
         """Take the hooks off."""

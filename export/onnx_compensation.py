@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..grids import Affine, dequantise_affine
+from .compensate import DAMPING, feed_back, output_error
 from .onnx_schemes import Kind
 
-__all__ = ["compensate", "damp", "fit", "output_error", "search"]
+__all__ = ["compensate", "damp", "fit", "search"]
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -23,7 +24,6 @@ Doubles = npt.NDArray[np.float64]
 _SHRINKS = np.linspace(1.0, 0.6, 13)
 _WHOLE = np.ones(1)  # with 256 codes it does not: 0.01 % of the squared error
 _CHUNK = 1 << 16  # weights
-_DAMPING = 0.01
 _PANEL = 128  # columns whose updates are kept back and then applied at once: a matrix product instead of many
 
 
@@ -47,12 +47,6 @@ def fit(weight: Floats, kind: Kind, block: int, moment: Floats | None, *, most: 
 def _in_half(most: float, kind: Kind) -> bool:
     """Rounding a scale to float16 moves no weight by more than half a step of the tensor's coarsest block."""
     return most / (1 << kind.bits) > 2**-18 and most < 60_000
-
-
-def output_error(weight: Floats, stored: Floats, moment: npt.NDArray[np.floating]) -> Doubles:
-    """``(w - v) H (w - v)^T`` of each row, ``[N]``: the mean squared error of that output."""
-    wrong = weight.astype(np.float32) - stored
-    return np.einsum("nk,nk->n", wrong @ moment.astype(np.float32), wrong, dtype=np.float64)
 
 
 def search(
@@ -113,8 +107,8 @@ def compensate(weight: Floats, moment: Doubles, start: Affine, *, sweeps: int = 
     """Other codes on the grid ``start`` of ``weight [N, K]``, so that errors cancel in the outputs.
 
     ``moment [K, K]`` is the second moment of the inputs. No row is ever worse than in ``start``, by
-    :func:`output_error` with the damped moment (1 % of the mean diagonal is added, so that directions that the text
-    never shows are not free).
+    :func:`.compensate.output_error` with the damped moment (1 % of the mean diagonal is added, so that directions
+    that the text never shows are not free).
     """
     damped = damp(moment)
     order = np.argsort(-np.diag(damped), kind="stable")
@@ -123,27 +117,22 @@ def compensate(weight: Floats, moment: Doubles, start: Affine, *, sweeps: int = 
     zeros = np.repeat(start.zero_points.astype(np.float32), start.block, axis=1)[:, order]
     top = (1 << start.bits) - 1
     steps = _inverse(scales)
-    rest = weight[:, order].astype(np.float32)
-    columns = rest.shape[1]
-    codes = np.empty_like(rest)
-    for first in range(0, columns, _PANEL):
-        last = min(first + _PANEL, columns)
-        errors = np.empty((len(rest), last - first), np.float32)
-        for k in range(first, last):
-            code = np.clip(np.rint(rest[:, k] * steps[:, k]) + zeros[:, k], 0, top)
-            codes[:, k] = code
-            error = (rest[:, k] - (code - zeros[:, k]) * scales[:, k]) / inverse[k, k]
-            rest[:, k:last] -= error[:, None] * inverse[k, k:last]
-            errors[:, k - first] = error
-        rest[:, last:] -= errors @ inverse[first:last, last:]
+    left = np.ascontiguousarray(weight[:, order].T, np.float32)
+    codes = np.empty_like(left).T
+
+    def rounded(k: int) -> Floats:
+        codes[:, k] = np.clip(np.rint(left[k] * steps[:, k]) + zeros[:, k], 0, top)
+        decoded: Floats = (codes[:, k] - zeros[:, k]) * scales[:, k]
+        return decoded
+
+    feed_back(left, inverse, rounded, panel=_PANEL)
     moment32 = damped[np.ix_(order, order)].astype(np.float32)
     codes = _descend(weight[:, order].astype(np.float32), codes, scales, zeros, steps, moment32, top, sweeps)
     found = np.empty(codes.shape, np.uint8)
     found[:, order] = codes.astype(np.uint8)
     new = Affine(found, start.scales, start.zero_points, start.bits, start.block)
-    worse = output_error(weight, dequantise_affine(new), damped) > output_error(
-        weight, dequantise_affine(start), damped
-    )
+    before, after = (output_error(weight - dequantise_affine(grid), damped) for grid in (start, new))
+    worse = after > before
     found[worse] = start.codes[worse]
     return new
 
@@ -151,7 +140,7 @@ def compensate(weight: Floats, moment: Doubles, start: Affine, *, sweeps: int = 
 def damp(moment: Doubles) -> Doubles:
     """``moment`` with 1 % of its mean diagonal added, symmetric and positive."""
     mean = float(np.diag(moment).mean()) or 1.0
-    return np.asarray((moment + moment.T) / 2 + np.eye(len(moment)) * mean * _DAMPING, np.float64)
+    return np.asarray((moment + moment.T) / 2 + np.eye(len(moment)) * mean * DAMPING, np.float64)
 
 
 def _descend(

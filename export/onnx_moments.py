@@ -6,6 +6,7 @@ model over the text, and memory stays below the model's own size.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from ..errors import BadInput, MissingDependency
 from ..progress import Progress, silent
+from .input_sums import InputSums, matrices
 
 __all__ = ["Moments"]
 
@@ -53,12 +55,7 @@ class Moments:
         self._rows = sorted((row for row in rows if row), key=len)
         if not self._rows:
             raise BadInput("the calibration text has no token", hint="give the recipe `calibration` examples")
-        names = {id(value): name for name, value in root.named_parameters()}  # a shared one under its first name
-        linear = {
-            names[id(part.weight)]: part
-            for part in root.modules()
-            if isinstance(part, torch.nn.Linear) or type(part).__name__ == "Conv1D"
-        }
+        linear = dict(matrices(root, ("Linear", "Conv1D")).values())
         head = getattr(root, "get_output_embeddings", lambda: None)()
         first = [name for name, part in linear.items() if part is head]  # a tied one is stored first of all
         self._linear = {name: linear[name] for name in (*first, *linear)}
@@ -92,23 +89,15 @@ class Moments:
 
     def _take(self, names: Sequence[str]) -> dict[str, Floats]:
         torch = self._torch
-        sums: dict[str, Any] = {}
-        counts: dict[str, int] = {}
-        same: dict[str, str] = {}
-        last: dict[str, Any] = {"input": None, "name": ""}
+        sums, counts = InputSums(), Counter[str]()
         mask: Any = None
 
         def look(name: str, given: Any) -> None:
-            if given is last["input"]:  # queries, keys and values read the same
-                same[name] = last["name"]
+            if sums.first(name, given) != name:
                 return
-            last["input"], last["name"] = given, name
-            same[name] = name
             whole = given.ndim == 3 and given.shape[:2] == mask.shape
             rows = given[mask] if whole else given.reshape(-1, given.shape[-1])
-            if name not in sums:
-                sums[name], counts[name] = torch.zeros(rows.shape[-1], rows.shape[-1]), 0
-            sums[name].addmm_(rows.T, rows)
+            sums.add(name, rows)
             counts[name] += len(rows)
 
         hooks = [
@@ -122,18 +111,17 @@ class Moments:
                     longest = max(map(len, rows))
                     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
                     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]).bool()
-                    last["input"] = None
+                    sums.forget()
                     self._model(input_ids=ids, attention_mask=mask.long())
                     done += len(rows)
                     self._progress("what goes into each matrix", done / len(self._rows))
         finally:
             for hook in hooks:
                 hook.remove()
-        means = {name: (total / counts[name]).numpy() for name, total in sums.items()}
-        lost = [name for name in names if name not in same]
+        lost = [name for name in names if name not in sums.shared]
         if lost:
             raise BadInput(f"{lost[0]} is not used on text", hint="is it the right model?")
-        return {name: means[first] for name, first in same.items()}
+        return sums.means(counts)
 
     def _batches(self) -> list[list[list[int]]]:
         """Rows of about the same length together."""

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from edgestill.errors import Unsupported
-from edgestill.export.compensate import compensate, output_error, spread
+from edgestill.export.compensate import compensate, feed_back, output_error, spread
 from edgestill.export.compensate_ggml import ENCODABLE, encode_ggml, layout_of
 from edgestill.export.compensate_ggml_pack import pack
 from edgestill.export.compensate_scales import fit_affine, fit_symmetric
@@ -79,6 +79,27 @@ def test_errors_are_spread_as_least_squares_says() -> None:
     best = error * hessian[0, 1] / hessian[1, 1]  # minimises (e, d) H (e, d)^T over d = -best
     # compensate() takes error / upper[0, 0] * upper[0, 1] off the second column
     assert -upper[0, 1] / upper[0, 0] * error == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize("panel", [1, 5, 16])
+def test_feeding_back_in_panels_is_what_a_double_loop_does(panel: int) -> None:
+    """In float64: each column's error, over the diagonal, times the rest of its row of the factor."""
+    chooser = np.random.default_rng(3)
+    inputs = chooser.normal(size=(64, 16)) @ chooser.normal(size=(16, 16))
+    upper, weight = spread(inputs.T @ inputs / 64), chooser.normal(size=(16, 7)).astype(np.float32)
+    left, got = weight.copy(), np.empty_like(weight)
+
+    def rounded(column: int) -> Floats:
+        got[column] = np.rint(left[column] * 4) / 4
+        return got[column]
+
+    feed_back(left, upper, rounded, panel=panel)
+    rest, want = weight.astype(np.float64), np.empty((16, 7))
+    for column in range(16):
+        want[column] = np.rint(rest[column] * 4) / 4
+        for other in range(column + 1, 16):
+            rest[other] -= float(upper[column, other]) * (rest[column] - want[column]) / float(upper[column, column])
+    np.testing.assert_array_equal(got, want)
 
 
 def test_nothing_and_dead_columns_are_no_trouble() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgestill.export.onnx_compensation import compensate, damp, fit, output_error, search
+from edgestill.export.compensate import output_error
+from edgestill.export.onnx_compensation import compensate, damp, fit, search
 from edgestill.export.onnx_schemes import Kind
 from edgestill.grids import Affine, dequantise_affine, quantise_affine
 
@@ -56,10 +57,10 @@ def test_no_row_is_worse_than_rounded_to_nearest(bits: int, symmetric: bool) -> 
     weight, moment = _case(rows=40, columns=96, seed=1)
     start = search(weight, bits=bits, block=16, symmetric=symmetric, importance=np.diag(moment).astype(np.float32))
     damped = damp(moment)
-    before = output_error(weight, dequantise_affine(start), damped)
+    before = output_error(weight - dequantise_affine(start), damped)
     codes = compensate(weight, moment, start, sweeps=0)
-    after = output_error(weight, dequantise_affine(codes), damped)
-    better = output_error(weight, dequantise_affine(compensate(weight, moment, start)), damped)
+    after = output_error(weight - dequantise_affine(codes), damped)
+    better = output_error(weight - dequantise_affine(compensate(weight, moment, start)), damped)
     assert (after <= before).all()
     assert (better <= before).all()
     assert after.sum() < 0.5 * before.sum()
