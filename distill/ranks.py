@@ -21,6 +21,7 @@ __all__ = [
     "add_counts",
     "add_up",
     "barrier",
+    "everyones",
     "first_goes_ahead",
     "from_first",
     "gather_rows",
@@ -94,6 +95,15 @@ def from_first(compute: Callable[[], T]) -> T:
     if told[1] is not None:
         raise told[1]
     found: T = told[0]
+    return found
+
+
+def everyones(value: T) -> list[T]:
+    """``value`` of each process (anything that pickles), in their order, in all of them."""
+    if world() == 1:
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value)
     return found
 
 

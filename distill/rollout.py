@@ -5,12 +5,13 @@ prompts and continued by the student as it is now, otherwise they stay as they a
 in a bounded buffer and learnt from again (DistiLLM, arXiv 2402.03898): writing is most of such a step's cost.
 
 Every choice depends on the seed, the step and the example only, so a killed run needs nothing but the buffer, the
-current ratio and two counts to go on with the same texts.
+current ratio and two counts to go on with the same texts. Several processes (:mod:`.ranks`) toss the same coin, and
+each writes its own share of the texts: without a buffer they learn from what one process would have written. Each keeps
+its own texts in its part of the buffer, so which old texts come back depends on how many processes there are.
 """
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from ..errors import RecipeError, Unsupported
 from ..loss_names import LOSS_NAMES, parse_loss
 from ..recipe import DistillConfig
 from ..recipe_teaching import OnPolicyConfig, Writing
+from . import ranks
 from .batches import LEARN_OWN, Batch, collate
 from .sampling import Writer
 from .student import StudentPlan
@@ -104,11 +106,6 @@ def check_on_policy(
             "[distill.on_policy]: the student is the teacher, so there is nothing to learn from its texts",
             hint="keep fewer layers in [student]",
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise Unsupported(
-            "[distill.on_policy] in several processes: each would keep texts that the others don't know",
-            hint="run it in one process, with all of its threads or one GPU",
-        )
 
 
 class Rollouts:
@@ -143,7 +140,7 @@ class Rollouts:
         self._pad_id = pad_id
         self._measure = measure
         self._last_kl = held_out_kl
-        self._kept: deque[dict[str, Any]] = deque(maxlen=settings.replay)
+        self._kept: deque[dict[str, Any]] = deque(maxlen=settings.replay // ranks.world())
 
     def take(self, student: nn.Module, batches: Sequence[Batch], step: int) -> list[Batch]:
         """The batches that optimiser step ``step`` (from 1) learns from: ``batches`` themselves, or the student's."""
@@ -203,8 +200,11 @@ class Rollouts:
         device = like["input_ids"].device
         return {name: value.to(device) for name, value in packed.items()}
 
-    def state(self) -> dict[str, Any]:
-        """All that a checkpoint needs, as plain values."""
+    def state(self) -> list[dict[str, Any]]:
+        """All that a checkpoint needs of each process, as plain values; every process has to ask."""
+        return ranks.everyones(self._own_state())
+
+    def _own_state(self) -> dict[str, Any]:
         return {
             "ratio": self.ratio,
             "last_kl": self._last_kl,
@@ -213,9 +213,19 @@ class Rollouts:
             "kept": [[row["index"], row["prompt"], row["ids"]] for row in self._kept],
         }
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state` gave."""
-        self.ratio, self._last_kl = state["ratio"], state["last_kl"]
-        self.prompt_tokens_read, self.tokens_written = state["prompt_tokens_read"], state["tokens_written"]
+    def load(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from what :meth:`state` gave. As many processes as then find their own texts again, others share all
+        of them evenly."""
+        own, world = ranks.rank(), ranks.world()
+        if len(states) == world:
+            kept = states[own]["kept"]
+            counted = [states[own]]
+        else:
+            everything = [row for state in states for row in state["kept"]]
+            kept = everything[own : len(everything) // world * world : world]
+            counted = list(states) if own == 0 else []
+        self.ratio, self._last_kl = states[0]["ratio"], states[0]["last_kl"]
+        self.prompt_tokens_read = sum(state["prompt_tokens_read"] for state in counted)
+        self.tokens_written = sum(state["tokens_written"] for state in counted)
         self._kept.clear()
-        self._kept.extend({"index": index, "prompt": prompt, "ids": ids} for index, prompt, ids in state["kept"])
+        self._kept.extend({"index": index, "prompt": prompt, "ids": ids} for index, prompt, ids in kept)

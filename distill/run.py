@@ -329,7 +329,7 @@ def _rollouts(job: Job, held_out: HeldOut, held_out_kl: float | None) -> Rollout
     return Rollouts(
         settings, steps=job.steps, seed=job.config.seed, vocab_size=job.vocab_size,
         stop=job.stop, pad_id=job.pad_id,
-        measure=lambda student: held_out.measure(student)["kl"], held_out_kl=held_out_kl,
+        measure=lambda student: ranks.from_first(lambda: held_out.measure(student)["kl"]), held_out_kl=held_out_kl,
     )  # fmt: skip
 
 
@@ -340,6 +340,9 @@ def _cost(job: Job, teacher: Teacher | None, tokens: int, rollouts: Rollouts | N
         asked = tokens if teacher.live else int(job.train.lengths.sum())
         if isinstance(job.train, PairedExamples):  # its own tokens of the same text, by their share in the whole corpus
             asked = round(tokens * sum(map(len, job.train.their_ids)) / int(job.train.lengths.sum()))
+    own = {"read": rollouts.prompt_tokens_read, "written": rollouts.tokens_written} if rollouts else {}
+    if own:  # each process wrote its share
+        own = ranks.add_counts(own)
     # What a teacher wrote is in the examples: tokens after a prompt.
     written = [
         (prompt, len(ids) - prompt) for ids, prompt in zip(job.train.ids, job.train.prompts, strict=False) if prompt
@@ -347,8 +350,8 @@ def _cost(job: Job, teacher: Teacher | None, tokens: int, rollouts: Rollouts | N
     return Cost(
         teacher_forward_tokens=(asked + sum(prompt for prompt, _ in written)) * len(job.teachers),
         teacher_generated_tokens=sum(count for _, count in written),
-        student_forward_tokens=tokens + (rollouts.prompt_tokens_read if rollouts else 0),
-        student_generated_tokens=rollouts.tokens_written if rollouts else 0,
+        student_forward_tokens=tokens + own.get("read", 0),
+        student_generated_tokens=own.get("written", 0),
     )
 
 

@@ -263,7 +263,7 @@ class DistillTrainer(transformers.Trainer):
         if self._rollouts is None or not batches:
             return batches, counts
         batches = self._rollouts.take(self.model.student, batches, self.state.global_step + 1)
-        return batches, count_items(batches)
+        return batches, ranks.add_counts(count_items(batches))
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Counts:
         counts = ranks.add_counts({**count_items(batch_samples), STOP: int(self._asked_to_stop)})
@@ -311,11 +311,12 @@ class DistillTrainer(transformers.Trainer):
         self._progress(f"step {step} of {steps}, loss {row['loss']:.4f}", step / steps)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        written = self._rollouts.state() if self._rollouts is not None else None
         if ranks.is_first():
-            self._write_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            self._write_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", written)
         ranks.barrier()
 
-    def _write_checkpoint(self, target: Path) -> None:
+    def _write_checkpoint(self, target: Path, written: list[dict[str, Any]] | None) -> None:
         self._journal.sync()
         with write_checkpoint(target) as folder:
             save_torch_state(self.model.state_dict(), folder / WEIGHTS_FILE)
@@ -326,8 +327,8 @@ class DistillTrainer(transformers.Trainer):
             with full_disk_is_said(folder):
                 self._save_rng_state(str(folder))
             self.state.save_to_json(str(folder / STATE_FILE))
-            if self._rollouts is not None:
-                (folder / ROLLOUT_FILE).write_text(json.dumps(self._rollouts.state()), encoding="utf-8")
+            if written is not None:
+                (folder / ROLLOUT_FILE).write_text(json.dumps(written), encoding="utf-8")
             (folder / CLOCK_FILE).write_text(f"{self.seconds:.3f}\n", encoding="utf-8")
         sweep_checkpoints(Path(self.args.output_dir), keep=target)
 
@@ -335,7 +336,8 @@ class DistillTrainer(transformers.Trainer):
         folder = Path(resume_from_checkpoint)
         self.model.load_state_dict(load_torch_state(folder / WEIGHTS_FILE))
         if self._rollouts is not None:
-            self._rollouts.load(read_json(folder / ROLLOUT_FILE))
+            states = read_json(folder / ROLLOUT_FILE)  # a single one, before several processes could write
+            self._rollouts.load(states if isinstance(states, list) else [states])
         if parts := self._extra():
             state = load_torch_state(folder / EXTRA_FILE)
             for name, part in parts.items():

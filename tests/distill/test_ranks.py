@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 HELPER = r'''
-import json, os, sys, traceback
+import json, os, signal, sys, traceback
 from pathlib import Path
 
 place, jobs, texts = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
@@ -20,6 +20,7 @@ import torch
 import edgestill.distill.run
 from edgestill.data import DataSets, TextSet
 from edgestill.distill import distill, ranks
+from edgestill.files import hash_tree
 from edgestill.recipe import DistillConfig, StudentConfig
 
 data = DataSets((TextSet("words", tuple(texts[:120]), (), tuple(texts[120:]), (), "0" * 64),), ())
@@ -27,10 +28,17 @@ data = DataSets((TextSet("words", tuple(texts[:120]), (), tuple(texts[120:]), ()
 
 def train(job, rank):
     told = []
+
+    def progress(text, part=None):
+        told.append(text)
+        if rank == 0 and job.get("stop") and text.startswith(f"step {job['stop']} of"):
+            os.kill(os.getpid(), signal.SIGINT)
+
     result = distill(Path(job["teacher"]), place / job["name"] / "out", student=StudentConfig(layers=2), data=data,
                      max_length=32, config=DistillConfig(threads=1, learning_rate=2e-3, max_steps=6, **job["config"]),
-                     work=place / job["name"] / "work", progress=lambda text, part=None: told.append(text))
-    return {"curves": [dict(row) for row in result.curves], "after": dict(result.dev_after), "told": len(told)}
+                     work=place / job["name"] / "work", progress=progress)
+    return {"hash": hash_tree(result.path), "cost": dict(result.cost), "told": len(told),
+            "curves": [dict(row) for row in result.curves], "after": dict(result.dev_after)}
 
 
 def talk(job, rank):
@@ -156,3 +164,49 @@ def test_two_processes_have_the_loss_curve_of_one(
             assert first["after"][key] == pytest.approx(value, rel=1e-3)
         left = [sorted(path.name for path in (tmp_path / f"{name}-{world}" / "work").iterdir()) for world in (1, 2)]
         assert left[0] == left[1]
+
+
+@pytest.mark.whole
+def test_two_processes_write_what_one_would_have_written(tiny_llama: Path, tmp_path: Path, sentences: list[str]):
+    """On-policy: each writes its share of the step's texts, and which they are depends on neither."""
+    config = {
+        "loss": {"reverse_kl": 1.0}, "batch_size": 4, "gradient_accumulation": 2, "save_every": 2,
+        "on_policy": {"ratio": 0.7, "prompt_tokens": 3, "new_tokens": 6, "replay": 0},
+    }  # fmt: skip
+    jobs = [{"name": f"own-{n}", "world": n, "teacher": str(tiny_llama), "config": config} for n in (1, 2)]
+    done = _processes(tmp_path, jobs, sentences)
+    assert done.returncode == 0, done.stderr
+    (alone,), (first, second) = _answers(tmp_path, "own-1", 1), _answers(tmp_path, "own-2", 2)
+    assert first["curves"] == second["curves"]
+    assert first["cost"] == second["cost"] == alone["cost"]
+    assert {row.get("words") for row in alone["curves"]} >= {"text", "student"}
+    for ours, theirs in zip(alone["curves"], first["curves"], strict=True):
+        assert ours.keys() == theirs.keys()
+        assert (ours["step"], ours["tokens"], ours.get("words")) == (
+            theirs["step"], theirs["tokens"], theirs.get("words"))  # fmt: skip
+        for key in set(ours) - {"dev", "words"}:
+            assert theirs[key] == pytest.approx(ours[key], rel=1e-4), (ours["step"], key)
+
+
+@pytest.mark.whole
+def test_each_process_finds_its_own_texts_again(tiny_llama: Path, tmp_path: Path, sentences: list[str]):
+    config = {
+        "loss": {"reverse_kl": 1.0}, "batch_size": 4, "save_every": 2,
+        "on_policy": {"ratio": 1.0, "prompt_tokens": 3, "new_tokens": 6, "replay": 12, "replay_ratio": 0.5,
+                      "adapt_every": 2},
+    }  # fmt: skip
+    job = {"world": 2, "teacher": str(tiny_llama), "config": config}
+    cut = {**job, "name": "cut", "stop": 3, "fails": True}
+    done = _processes(tmp_path, [{**job, "name": "whole"}, cut], sentences)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "cut-0.json").exists()
+    (checkpoint,) = (tmp_path / "cut" / "work").glob("checkpoint-*")
+    states = json.loads((checkpoint / "rollout.json").read_text())
+    assert [len(state["kept"]) for state in states] == [len(states[0]["kept"])] * 2
+    assert states[0]["kept"] != states[1]["kept"]
+    done = _processes(tmp_path, [{**job, "name": "cut"}], sentences)
+    assert done.returncode == 0, done.stderr
+    whole, again = (_answers(tmp_path, name, 2)[0] for name in ("whole", "cut"))
+    assert "replay" in {row.get("words") for row in whole["curves"][5:]}
+    assert again["curves"] == whole["curves"]
+    assert (again["hash"], again["cost"]) == (whole["hash"], whole["cost"])
