@@ -13,13 +13,14 @@ import html
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from .data_files import as_label, clean_text, read_rows
 from .data_labels import LabelledSet, TaggedSet, join_words, read_words
+from .data_stream import Document, StreamedFile, TextStream
 from .errors import BadInput
 from .fetch import fetch
 from .files import hash_json
@@ -28,10 +29,11 @@ from .recipe import DataConfig, TaskConfig, TextConfig
 
 __all__ = ["DataSets", "LabelledSet", "Split", "TaggedSet", "TextSet", "load_data", "normalise", "split_sentences"]
 
-_Pool = dict[str, tuple[Any, Any]]  # normalised text -> (text or its words, label or those of the words)
+_Labelled = dict[str, tuple[Any, Any]]  # normalised text -> (text or its words, label or those of the words)
 Split = Literal["train", "calibration", "dev", "test"]
 _HELD_OUT: tuple[Split, ...] = ("test", "dev", "calibration")  # in the order in which they are dealt
 _SHORTEST, _LONGEST = 20, 300
+_RESERVE = 8  # documents of a streamed file that are held for each held-out example, so that some may hold nothing
 
 _BREAK = re.compile(r"<\s*(?:br|/p|/div|/li|/h[1-6])\b[^<>]{0,300}>|\n[ \t\r]*\n", re.IGNORECASE)
 _TAG = re.compile(r"</?[A-Za-z][^<>]{0,300}>|<!--.{0,5000}?-->", re.DOTALL)
@@ -59,11 +61,14 @@ class DataSets:
     text: tuple[TextSet, ...]
     tasks: tuple[LabelledSet, ...]
     tagged: tuple[TaggedSet, ...] = ()
+    stream: TextStream | None = None
+    """The training text, where it is read while it is learnt from; then no ``text`` holds any."""
 
     @property
     def sha256(self) -> str:
         """sha256 over the names and hashes of all sets."""
-        return hash_json([[part.name, part.sha256] for part in (*self.text, *self.labelled)])
+        streamed = [] if self.stream is None else [["", self.stream.sha256]]
+        return hash_json([[part.name, part.sha256] for part in (*self.text, *self.labelled)] + streamed)
 
     @property
     def labelled(self) -> tuple[LabelledSet | TaggedSet, ...]:
@@ -76,6 +81,17 @@ class DataSets:
 
 
 @dataclass
+class _Pool:
+    """Documents of a file in the order of their hash: all of the ``total``, or the first of them."""
+
+    path: Path
+    documents: list[_Document]
+    total: int
+    read: Callable[[], Iterator[Document]]
+    stamp: tuple[int, int]
+
+
+@dataclass
 class _Document:
     """One document with its pieces (itself, or its sentences): pairs of normalised key and text."""
 
@@ -84,21 +100,35 @@ class _Document:
     used: str = ""  # by which split
 
 
-def load_data(config: DataConfig, *, base: Path, cache: Path | None = None, progress: Progress = silent) -> DataSets:
+def load_data(
+    config: DataConfig,
+    *,
+    base: Path,
+    cache: Path | None = None,
+    progress: Progress = silent,
+    stream: bool = False,
+) -> DataSets:
     """Fetch, read and split all sets of a recipe; ``base`` is the recipe's folder.
+
+    With ``stream`` the training text is not held in memory (:mod:`edgestill.data_stream`): each file is read once here,
+    of which only the documents that the other splits may take are kept; these splits are the same either way, but
+    where so many documents are empty or taken that a whole file would have to be searched.
 
     Raises :class:`BadInput` for unreadable or empty files and when a set holds too few examples for its splits.
     """
     seed = str(config.seed)
-    pools: list[list[_Document]] = []
-    labelled: list[_Pool] = []
+    pools: list[_Pool] = []
+    digests: list[str] = []
+    labelled: list[_Labelled] = []
     parts = len(config.text) + len(config.task)
     for task in config.task:
         progress(f"reading {task.name}", len(labelled) / parts)
         labelled.append((_read_tagged if task.tagged else _read_labelled)(task, base, cache, progress))
     for text in config.text:
         progress(f"reading {text.name}", (len(labelled) + len(pools)) / parts)
-        pools.append(_read_documents(text, base, cache, seed, progress))
+        pool, digest = _read_documents(text, base, cache, seed, progress, few=stream)
+        pools.append(pool)
+        digests.append(digest)
     taken: set[str] = set()  # keys of texts, over all sets, that no further split may hold
     tasks = _deal_tasks(config.task, labelled, seed, taken)
     tagged = tuple(task for task in tasks if isinstance(task, TaggedSet))
@@ -108,13 +138,29 @@ def load_data(config: DataConfig, *, base: Path, cache: Path | None = None, prog
         for text, pool, result in zip(config.text, pools, dealt, strict=True):
             result[split] = _deal_held_out(text, pool, split, seed, taken)
     for text, pool, result in zip(config.text, pools, dealt, strict=True):
-        result["train"] = _deal_train(text, pool, seed, taken)
+        result["train"] = [] if stream else _deal_train(text, pool, seed, taken)
     sets = []
     for text, result in zip(config.text, dealt, strict=True):
         splits = {name: tuple(texts) for name, texts in result.items()}
         sets.append(TextSet(name=text.name, sha256=_digest(splits), **splits))
     progress("data ready", 1.0)
-    return DataSets(tuple(sets), of_texts, tagged)
+    streamed = _stream(config, pools, digests, taken) if stream else None
+    return DataSets(tuple(sets), of_texts, tagged, streamed)
+
+
+def _stream(config: DataConfig, pools: Sequence[_Pool], digests: Sequence[str], taken: set[str]) -> TextStream | None:
+    files, count = [], 0
+    for text, pool in zip(config.text, pools, strict=True):
+        if text.train:
+            if text.unit == "document":  # of sentences nobody knows how many there are
+                left = pool.total - sum(1 for document in pool.documents if document.used)
+                if left < text.train:
+                    raise _too_few(text, pool, "train", left)
+            files.append(StreamedFile(pool.path, pool.read, text.train, pool.stamp))
+            count += text.train
+    facts = [text.model_dump(mode="json", exclude={"source", "sha256"}) for text in config.text]
+    sha256 = hash_json([facts, list(digests), sorted(taken), config.seed])
+    return TextStream(tuple(files), frozenset(taken), config.seed, count, sha256) if files else None
 
 
 def normalise(text: str) -> str:
@@ -153,43 +199,69 @@ def split_sentences(document: str) -> list[str]:
 
 
 def _read_documents(
-    config: TextConfig, base: Path, cache: Path | None, seed: str, progress: Progress
-) -> list[_Document]:
-    """Documents of a set, each once, in the order of their hash."""
+    config: TextConfig, base: Path, cache: Path | None, seed: str, progress: Progress, *, few: bool
+) -> tuple[_Pool, str]:
+    """Documents of a set, each once, in the order of their hash; and, with ``few``, a hash of the whole file.
+
+    ``few``: no more of them are held than the splits which are not streamed may need.
+    """
     path = fetch(config.source, sha256=config.sha256, base=base, cache=cache, progress=progress).path
     column = "text" if (config.format or path.suffix.lower().lstrip(".")) == "txt" else config.field
+
+    def texts() -> Iterator[tuple[str, str]]:
+        for row in read_rows(path, fields=[column], format=config.format, encoding=config.encoding):
+            text = clean_text(row[column], path, column)
+            if key := normalise(text):
+                yield key, text
+
+    def pieces(key: str, text: str) -> list[tuple[str, str]]:
+        if config.unit == "document":
+            return [(key, text)]
+        return [(normalise(piece), piece) for piece in split_sentences(text)]
+
+    stamp = StreamedFile.stamp_of(path) if path.is_file() else (0, 0)
+    digest, total = hashlib.sha256(), 0
     unique: dict[str, str] = {}
-    for row in read_rows(path, fields=[column], format=config.format, encoding=config.encoding):
-        text = clean_text(row[column], path, column)
-        key = normalise(text)
-        if key and (key not in unique or text < unique[key]):  # the least, so that the order does not matter
+    room = _RESERVE * (config.test + config.dev + config.calibration) + _RESERVE if few else None
+    last: bytes | None = None  # what ranks behind this is not among the first ones
+    for key, text in texts():
+        total += 1
+        if room is not None:
+            digest.update(hash_json(text).encode())
+            if last is not None and key not in unique and _rank(seed, key) >= last:
+                continue
+        if key not in unique or text < unique[key]:  # the least, so that the order does not matter
             unique[key] = text
+        if room is not None and len(unique) >= 2 * room:
+            first = sorted(unique, key=lambda key: _rank(seed, key))[:room]
+            unique, last = {key: unique[key] for key in first}, _rank(seed, first[-1])
     if not unique:
         raise BadInput(f"{config.name}: {path} holds no text", hint=f"is `field = {column!r}` right?")
-    documents = []
-    for key in sorted(unique, key=lambda key: _rank(seed, key)):
-        pieces = split_sentences(unique[key]) if config.unit == "sentence" else [unique[key]]
-        keyed = [(normalise(piece), piece) for piece in pieces] if config.unit == "sentence" else [(key, unique[key])]
-        documents.append(_Document(key, keyed))
-    return documents
+    documents = [
+        _Document(key, pieces(key, unique[key])) for key in sorted(unique, key=lambda key: _rank(seed, key))[:room]
+    ]
+
+    def read() -> Iterator[Document]:
+        return ((key, pieces(key, text)) for key, text in texts())
+
+    total = total if few else len(documents)
+    return _Pool(path, documents, total, read, stamp), digest.hexdigest()
 
 
 def _rank(seed: str, key: str) -> bytes:
     return hashlib.blake2b(key.encode(), digest_size=12, key=seed.encode()[:64]).digest()
 
 
-def _deal_held_out(
-    config: TextConfig, pool: Sequence[_Document], split: Split, seed: str, taken: set[str]
-) -> list[str]:
+def _deal_held_out(config: TextConfig, pool: _Pool, split: Split, seed: str, taken: set[str]) -> list[str]:
     """``test``, ``dev`` or ``calibration``: few pieces from each of many documents, which are then used up."""
     asked: int = getattr(config, split)
     held_out = config.test + config.dev + config.calibration
-    share = len(pool) / 4 if config.train else len(pool)
+    share = pool.total / 4 if config.train else pool.total
     found: list[str] = []
     per_document = max(1, -(-held_out // max(1, int(share))))
     while len(found) < asked:
         before = len(found)
-        for document in pool:
+        for document in pool.documents:
             if document.used != split and (document.used or document.key in taken):
                 continue
             picked = 0
@@ -207,12 +279,12 @@ def _deal_held_out(
     return found
 
 
-def _deal_train(config: TextConfig, pool: Iterable[_Document], seed: str, taken: set[str]) -> list[str]:
+def _deal_train(config: TextConfig, pool: _Pool, seed: str, taken: set[str]) -> list[str]:
     """``train``: pieces of the documents that are left, in the order of their own hash."""
     if not config.train:
         return []
     left: dict[str, str] = {}
-    for document in pool:
+    for document in pool.documents:
         if document.used or document.key in taken:
             continue
         for key, text in document.pieces:
@@ -225,9 +297,11 @@ def _deal_train(config: TextConfig, pool: Iterable[_Document], seed: str, taken:
     return [left[key] for key in chosen]
 
 
-def _too_few(config: TextConfig, pool: Iterable[_Document], split: str, found: int) -> BadInput:
+def _too_few(config: TextConfig, pool: _Pool, split: str, found: int) -> BadInput:
     unit = "sentences" if config.unit == "sentence" else "documents"
-    total = len({key for document in pool for key, _ in document.pieces})
+    total = len({key for document in pool.documents for key, _ in document.pieces})
+    if pool.total > len(pool.documents):  # only some were kept
+        unit, total = "documents", pool.total
     asked = ", ".join(f"{name} {getattr(config, name)}" for name in ("train", "calibration", "dev", "test"))
     return BadInput(
         f"{config.name}: {found} {unit} left for {split}; the set holds {total} different ones, asked for {asked}",
@@ -235,7 +309,7 @@ def _too_few(config: TextConfig, pool: Iterable[_Document], split: str, found: i
     )
 
 
-def _read_labelled(config: TaskConfig, base: Path, cache: Path | None, progress: Progress) -> _Pool:
+def _read_labelled(config: TaskConfig, base: Path, cache: Path | None, progress: Progress) -> _Labelled:
     """Normalised text -> (text, label); a text with two different labels is left out."""
     path = fetch(config.source, sha256=config.sha256, base=base, cache=cache, progress=progress).path
     fields = [config.text, config.label, *config.where]
@@ -249,7 +323,7 @@ def _read_labelled(config: TaskConfig, base: Path, cache: Path | None, progress:
     return _once(config, path, pairs())
 
 
-def _read_tagged(config: TaskConfig, base: Path, cache: Path | None, progress: Progress) -> _Pool:
+def _read_tagged(config: TaskConfig, base: Path, cache: Path | None, progress: Progress) -> _Labelled:
     """Normalised text -> (words, their labels); a sentence that is labelled in two ways is left out."""
     path = fetch(config.source, sha256=config.sha256, base=base, cache=cache, progress=progress).path
     text, tags = config.columns
@@ -268,9 +342,9 @@ def _rows(config: TaskConfig, path: Path, fields: list[str]) -> Iterator[Mapping
             yield row
 
 
-def _once(config: TaskConfig, path: Path, rows: Iterable[tuple[str, Any, Any]]) -> _Pool:
+def _once(config: TaskConfig, path: Path, rows: Iterable[tuple[str, Any, Any]]) -> _Labelled:
     """Each text once, without those that have two labels; of equal keys the least, so that no order matters."""
-    found: _Pool = {}
+    found: _Labelled = {}
     contradicting = set()
     for key, text, label in rows:
         if not key:
@@ -287,7 +361,7 @@ def _once(config: TaskConfig, path: Path, rows: Iterable[tuple[str, Any, Any]]) 
 
 
 def _deal_tasks(
-    configs: Sequence[TaskConfig], pools: Sequence[_Pool], seed: str, taken: set[str]
+    configs: Sequence[TaskConfig], pools: Sequence[_Labelled], seed: str, taken: set[str]
 ) -> list[LabelledSet | TaggedSet]:
     """Test and train of every task; the tests' texts, and the sentences in them, are kept from all other splits."""
     tests: list[list[str]] = []

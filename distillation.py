@@ -137,7 +137,8 @@ def _plan(recipe: Recipe, base: Path, scratch: Path, observer: Observer) -> Dist
     )
     start = Start.of(teacher, make_start(recipe, teacher, base, scratch / "start", observer))
     check_start(teacher, start.folder, recipe.distill)
-    data = load_data(recipe.data, base=base, progress=observer.advanced)
+    streaming = recipe.distill is not None and recipe.distill.streaming
+    data = load_data(recipe.data, base=base, progress=observer.advanced, stream=streaming)
     text = Calibration.of(data, recipe.data.max_length)
     cost = latency_cost(start.folder, recipe.bench.threads, recipe.bench.length)
     config, scores = recipe.student, None

@@ -202,13 +202,16 @@ class Run:
         loaded: list[DataSets] = []
 
         def action() -> Mapping[str, Any]:
-            loaded.append(load_data(self.recipe.data, base=self.base, progress=self.progress))
+            streaming = self.recipe.distill is not None and self.recipe.distill.streaming
+            loaded.append(load_data(self.recipe.data, base=self.base, progress=self.progress, stream=streaming))
             sets = {
                 part.name: {"sha256": part.sha256, "counts": {s: len(getattr(part, s)) for s in splits}}
                 for parts, splits in ((loaded[0].text, SPLITS), (loaded[0].labelled, ("train", "test")))
                 for part in parts
             }
-            total = {name: len(loaded[0].split(name)) for name in SPLITS}
+            total: dict[str, int] = {name: len(loaded[0].split(name)) for name in SPLITS}
+            if (stream := loaded[0].stream) is not None:
+                total["train (streamed)"] = len(stream)
             shown = ", ".join(f"{count} {name}" for name, count in total.items() if count)
             return {"sha256": loaded[0].sha256, "sets": sets, "note": shown or "none"}
 
@@ -295,6 +298,9 @@ class Run:
             else None,
             "max_length": recipe.data.max_length,
             "text": hash_json([data.split("train"), data.split("dev")]) if recipe.distill else None,
+            **({} if data.stream is None else {"streamed": data.stream.sha256}),
+            # What a classifier may learn with cross_entropy; sets for a probe teach nobody.
+            **({"labelled": [part.sha256 for part in data.labelled]} if teacher.labels and data.labelled else {}),
             **self._shape_inputs(data),
         }
 

@@ -202,8 +202,10 @@ class DistillConfig(Strict):
     """trackers that get every step's losses; they write into the run's work folder."""
     correct_teacher: CorrectionConfig | None = None
     streaming: bool = False
-    """tokenise the text as it is needed, into windows that follow each other without a gap (text generation; needs
-    `max_steps`): for corpora whose tokens don't fit into memory."""
+    """read and tokenise the training text as it is needed, into windows that follow each other without a gap (text
+    generation; needs `max_steps`): for corpora that don't fit into memory. Then `train` is how many texts of a file are
+    read at most in a pass, in the file's order but for blocks of 256 shuffled documents, doubles included; vocabulary
+    and importance are chosen by the calibration split."""
 
     @model_validator(mode="after")
     def _patience(self) -> Self:

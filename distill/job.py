@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import transformers
 
 from ..checkpoints import ModelFolder, load_tokenizer
 from ..data_labels import NO_LABEL, AnyLabelledSet, in_labels_of, join_words, label_places, tag_tokens
+from ..data_stream import TextStream
 from ..errors import BadInput, RecipeError
 from ..files import hash_json
 from ..recipe import DistillConfig
@@ -59,7 +61,7 @@ class Job:
     original: ModelFolder | None = None
     """What the teacher was before it was corrected."""
     others: tuple[ModelFolder, ...] = ()
-    texts: tuple[str, ...] = ()
+    texts: tuple[str, ...] | TextStream = ()
     """What is streamed, instead of ``train``."""
     length: int = 0
     """Tokens of a streamed window."""
@@ -122,6 +124,11 @@ class Job:
             vocab_size=self.vocab_size, layers=mapped, width=self.teacher.hidden_size,
         )  # fmt: skip
 
+    @property
+    def _streamed(self) -> str:
+        texts = self.texts.sha256 if isinstance(self.texts, TextStream) else list(self.texts)
+        return hash_json([texts, self.teacher.prompt_prefix, self.length])
+
     def identity(self) -> str:
         """sha256 of all of it, and of the libraries' versions."""
         return hash_json(
@@ -132,7 +139,7 @@ class Job:
                 "start": self.start.folder.model_id,
                 "plan": self.plan.digest(),
                 "config": self.config.model_dump(mode="json", exclude=NOT_IDENTITY),
-                "train": hash_json([self.texts, self.length]) if self.texts else self.train.digest(),
+                "train": self._streamed if self.texts else self.train.digest(),
                 "dev": self.dev.digest(),
                 "libraries": [torch.__version__, transformers.__version__],
             }
@@ -156,7 +163,7 @@ def prepare(
         start.taught(config.layer_map, plan, folder.layers)  # a map that names no layer is found before any work
     length = min(max_length, *(model.max_length for model in (folder, start.folder, *others)))
     texts = data.split("train")
-    check_teachers(folder, others, config, texts[:200])
+    check_teachers(folder, others, config, texts[:200] or list(itertools.islice(data.stream or (), 200)))
     prefix, tokenizer = folder.prompt_prefix, vocabulary.tokenizer
     labels, tags = [NO_LABEL] * len(texts), list[tuple[int, ...]]()
     if "cross_entropy" in losses and folder.task == "text-classification":
@@ -169,7 +176,7 @@ def prepare(
         texts += [join_words(words) for words, _ in found]
         labels += [NO_LABEL] * len(found)
     check_streaming(config, folder)
-    streamed = tuple(prefix + text for text in texts) if config.streaming else ()
+    streamed = (data.stream or tuple(texts)) if config.streaming else ()
     if foreign:
         theirs, held_out = load_tokenizer(folder.path), data.split("dev")
         train: Examples = encode_pairs(texts, tokenizer, theirs, length, prefix=prefix)

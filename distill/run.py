@@ -212,8 +212,8 @@ def _train(job: Job, out: Path, work: Path, identity: str, progress: Progress) -
     trainer = DistillTrainer(
         objective, teacher if objective.needs_teacher else None, job.train, config, arguments,
         pad_id=job.pad_id, journal=journal, measure=measure, seconds=before_kill + time.monotonic() - began,
-        progress=progress, rollouts=rollouts, stream=stream_of(job.texts, job.tokenizer, job.length),
-        quantised=quantised,
+        progress=progress, rollouts=rollouts, quantised=quantised,
+        stream=stream_of(job.texts, job.tokenizer, job.length, folder.prompt_prefix),
     )  # fmt: skip
     trainer.learn(checkpoint)
     steps, tokens = int(trainer.state.global_step), int(trainer.state.num_input_tokens_seen)

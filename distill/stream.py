@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 
 from ..checkpoints import ModelFolder
 from ..data_labels import NO_LABEL
+from ..data_stream import TextStream
 from ..errors import BadInput, RecipeError, Unsupported
 from ..recipe import DistillConfig
 from .batches import Batch, collate
@@ -126,13 +127,14 @@ def check_streaming(config: DistillConfig, folder: ModelFolder) -> None:
         )
 
 
-def stream_of(texts: Sequence[str], tokenizer: Any, length: int) -> TokenStream | None:
-    """Windows of ``length`` tokens of ``texts``, ended by the tokenizer's end of text; ``None`` without texts."""
+def stream_of(texts: Sequence[str] | TextStream, tokenizer: Any, length: int, prefix: str = "") -> TokenStream | None:
+    """Windows of ``length`` tokens of ``texts``, each behind ``prefix`` and ended by the tokenizer's end of text;
+    ``None`` without texts."""
     if not texts:
         return None
 
     def tokenize(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+        ids: list[int] = tokenizer(prefix + text, return_attention_mask=False, verbose=False)["input_ids"]
         return ids
 
     return TokenStream(lambda: texts, tokenize, length, tokenizer.eos_token_id)

@@ -47,7 +47,7 @@ def fit_vocabulary(teacher: ModelFolder, target: Target | None, data: DataSets) 
     if not texts:
         raise RecipeError(
             "[student] vocabulary is chosen by text, and there is none",
-            hint="set `train` or `calibration` in a [[data.text]]",
+            hint="set `train` (not with streaming) or `calibration` in a [[data.text]]",
         )
     keep = plan_vocabulary(teacher, tokenizer, texts, target)
     trimmed = trim_tokenizer(tokenizer, keep)
