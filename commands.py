@@ -116,11 +116,12 @@ def export_verified(request: ExportRequest, observer: Observer) -> ExportResult:
         raise UsageError("nothing to export to", hint="--to onnx:int8,gguf:q4_k_m,coreml:int8")
     if not request.model.exists():
         raise BadInput(f"{request.model} does not exist", hint="pass a Transformers folder or a GGUF file")
+    variants = tuple(_variant(to, request) for to in request.to)
     recipe = Recipe(
         name="export",
         teacher=TeacherConfig(source=str(request.model.resolve())),
-        data=DataConfig(text=(_fitting(request.text, _splits(request.to)),) if request.text else ()),
-        export=tuple(_variant(to, request) for to in request.to),
+        data=DataConfig(text=(_fitting(request.text, _splits(variants)),) if request.text else ()),
+        export=variants,
         bench=BenchConfig(threads=request.threads, tokens=1024, examples=_EXAMPLES),
     )
     with RunFolder(request.out, observer).locked() as folder:
@@ -197,9 +198,9 @@ def judged_texts(path: Path | None, *, most: int = _EXAMPLES) -> tuple[str, tupl
     return config.name, load_data(DataConfig(text=(config,)), base=Path.cwd()).text[0].test
 
 
-def _splits(to: tuple[str, ...]) -> tuple[Split, ...]:
-    """A size needs text to choose the types by, beside that which the result is judged on."""
-    return ("test", "calibration", "dev") if any("@" in one for one in to) else ("test",)
+def _splits(variants: tuple[ExportConfig, ...]) -> tuple[Split, ...]:
+    """What is chosen by measurement needs text of its own, beside that which the result is judged on."""
+    return ("test", "calibration", "dev") if any(one.parsed.reads_text for one in variants) else ("test",)
 
 
 def _fitting(path: Path, splits: tuple[Split, ...] = ("test",), *, most: int = _EXAMPLES) -> TextConfig:

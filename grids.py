@@ -18,10 +18,12 @@ __all__ = [
     "GGML_GRIDS",
     "Affine",
     "GgmlGrid",
+    "InputGrid",
     "dequantise",
     "dequantise_affine",
     "ggml_grid",
     "ggml_size",
+    "input_grid",
     "quantise",
     "quantise_affine",
 ]
@@ -81,3 +83,30 @@ def dequantise_affine(grid: Affine) -> Floats:
     scales = np.repeat(grid.scales, grid.block, axis=1)[:, :columns]
     zeros = np.repeat(grid.zero_points.astype(np.float32), grid.block, axis=1)[:, :columns]
     return (grid.codes.astype(np.float32) - zeros) * scales
+
+
+@dataclass(frozen=True)
+class InputGrid:
+    """A fixed grid for what goes into a matrix product: ``value = (level - zero_point) * scale``, levels 0 to 255.
+
+    What lies outside is cut to its ends (ONNX QuantizeLinear to uint8, DequantizeLinear). 0 is a level of its own.
+    """
+
+    scale: np.float32
+    zero_point: int
+
+    def levels(self, x: Floats) -> npt.NDArray[np.uint8]:
+        """Of float32 values: the nearest level, halves to the even one before the zero point is added."""
+        shifted = np.rint(x / self.scale) + np.float32(self.zero_point)
+        return np.asarray(np.clip(shifted, 0, 255), np.uint8)
+
+    def rounded(self, x: Floats) -> Floats:
+        """``x`` as the product sees it."""
+        return (self.levels(x).astype(np.float32) - np.float32(self.zero_point)) * self.scale
+
+
+def input_grid(low: float, high: float) -> InputGrid:
+    """The grid that reaches from ``low`` to ``high`` (and over 0)."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = np.float32((high - low) / 255) if high > low else np.float32(1)
+    return InputGrid(scale, int(np.clip(np.rint(-low / float(scale)), 0, 255)))

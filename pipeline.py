@@ -34,7 +34,6 @@ from .distillation import check_comparable, latency_cost, make_start
 from .errors import EdgestillError, MissingDependency, ResourceExhausted, UsageError, nearest
 from .files import atomic_write, hash_json
 from .judging import Judge, Subjects
-from .quantisation import Budget
 from .recipe import DistillConfig, ExportConfig, Recipe, find_recipe, load_recipe
 from .recipe_text import dump_recipe
 from .stages import Observer, RunFolder, find_run
@@ -394,7 +393,7 @@ class Run:
             "config": config.model_dump(mode="json", exclude={"app"}),
             "calibration": hash_json(calibration), "lineage": lineage,
         }  # fmt: skip
-        if isinstance(config.parsed, Budget):  # the only kind that looks at it
+        if config.parsed.reads_text:  # others don't look at it
             inputs["dev"] = hash_json(dev)
 
         def action() -> Mapping[str, Any]:

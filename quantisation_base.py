@@ -27,6 +27,11 @@ class Quantisation:
         """``FORMAT:NAME``."""
         return f"{self.format}:{self.name}"
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether what is stored is measured on `calibration` text and chosen on `dev` text."""
+        return False
+
 
 def unknown(form: str, name: str, known: Sequence[str]) -> ValueError:
     """The error for a name that ``form`` does not know."""

@@ -31,6 +31,11 @@ class Budget(Quantisation):
         """``FORMAT@SIZE``."""
         return f"{self.format}@{self.name}"
 
+    @property
+    def reads_text(self) -> bool:
+        """The types are chosen."""
+        return True
+
 
 def parse(form: str, size: str) -> Budget:
     """Read what follows ``FORMAT@``; raises ``ValueError``. The name is the same for all spellings of one size.

@@ -10,7 +10,7 @@ from .quantisation_base import Quantisation, unknown
 
 __all__ = ["BLOCKS", "GRAMMAR", "NAMES", "OnnxQuantisation", "parse"]
 
-NAMES = ("fp32", "fp16", "int8", "int4", "int8-dynamic", "int8-dynamic-per-channel")
+NAMES = ("fp32", "fp16", "int8", "int4", "int8-static", "int8-dynamic", "int8-dynamic-per-channel")
 BLOCKS = (16, 32, 64, 128)
 GRAMMAR = (
     " | ".join(NAMES)
@@ -27,6 +27,8 @@ class OnnxQuantisation(Quantisation):
     the error of each code in the others (it needs calibration text). ``portable``: standard operators only, for
     runtimes without those of ONNX Runtime.
 
+    ``int8-static`` measures what goes into each product and which of them stay in blocks.
+
     The plain names round each weight to the nearest code, with float32 scales: a student can be trained through them.
     Any option brings float16 scales (widened once, when the file is loaded), and with 4 bits ranges that are searched.
     """
@@ -41,6 +43,11 @@ class OnnxQuantisation(Quantisation):
     def plain(self) -> bool:
         """No option is given."""
         return self.name == self.base
+
+    @property
+    def reads_text(self) -> bool:
+        """The grids of inputs, and what stays in blocks."""
+        return self.base == "int8-static"
 
     @property
     def bits(self) -> Literal[4, 8, 16, 32]:

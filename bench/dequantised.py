@@ -14,6 +14,7 @@ import numpy as np
 
 from ..artifact import TOKEN_TASKS, Artifact, StoredTensor
 from ..errors import BadInput, MissingDependency
+from ..grids import InputGrid
 from ..runtimes.scoring import open_reference
 from .behaviour import distance
 from .limits import Activation, Noise, activation_of
@@ -61,6 +62,7 @@ def dequantised_model(artifact: Artifact, student: Path) -> tuple[Any, frozenset
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
     payload = open_payload(artifact)
     kinds: dict[str, Activation] = {}
+    fixed: dict[str, InputGrid] = {}
     with torch.no_grad():
         for tensor in tensors:
             is_head = tensor == tied
@@ -74,13 +76,16 @@ def dequantised_model(artifact: Artifact, student: Path) -> tuple[Any, frozenset
                     hint="export it again",
                 )
             target.copy_(torch.from_numpy(np.array(values)))
-            kinds["\0head" if is_head else tensor.name] = activation_of(artifact.manifest.format, tensor)
+            label = "\0head" if is_head else tensor.name
+            kinds[label] = activation_of(artifact.manifest.format, tensor)
+            if kinds[label] == "uint8-static":
+                fixed[label] = payload.input_grid(tensor)
     if tied is None and getattr(root, "get_output_embeddings", None) and root.get_output_embeddings() is not None:
         shared = root.get_input_embeddings().weight is root.get_output_embeddings().weight
         names = [name for name, value in parameters.items() if value is root.get_output_embeddings().weight]
         if shared:
             kinds["\0head"] = next((kinds[name] for name in names if name in kinds), "none")
-    used = simulate_activations(root, kinds)
+    used = simulate_activations(root, kinds, fixed)
     return model, used
 
 
@@ -96,23 +101,27 @@ def head_of_tied(tensors: Iterable[StoredTensor]) -> StoredTensor | None:
     return None
 
 
-def simulate_activations(root: Any, kinds: Mapping[str, Activation]) -> frozenset[Activation]:
+def simulate_activations(
+    root: Any, kinds: Mapping[str, Activation], fixed: Mapping[str, InputGrid] | None = None
+) -> frozenset[Activation]:
     """Hook every linear layer of ``root`` whose weight has a kind in ``kinds`` (by parameter name; ``"\\0head"`` is
-    the output head); returns the kinds that were met."""
+    the output head); returns the kinds that were met. ``fixed`` has the grids of those of kind ``uint8-static``."""
     used: set[Activation] = set()
     get_head: Callable[[], Any] = getattr(root, "get_output_embeddings", lambda: None)
     head = get_head()
     for name, module in root.named_modules():
         if not _is_linear(module):
             continue
-        kind = kinds.get(f"{name}.weight", "none")
-        if module is head and "\0head" in kinds:
-            kind = kinds["\0head"]
+        label = "\0head" if module is head and "\0head" in kinds else f"{name}.weight"
+        kind = kinds.get(label, "none")
         if kind != "none":
             used.add(kind)
         if kind in ("none", "float16-maybe"):
             continue
-        module.register_forward_pre_hook(lambda _, inputs, kind=kind: (quantise_activation(inputs[0], kind),))
+        grid = (fixed or {}).get(label)
+        module.register_forward_pre_hook(
+            lambda _, inputs, kind=kind, grid=grid: (quantise_activation(inputs[0], kind, grid),)
+        )
         if kind == "float16":
             module.register_forward_hook(lambda _, __, output: output.half().float())
     return frozenset(used)
@@ -165,10 +174,11 @@ def noise_of(forward: Forward, reference: Path, batch_size: int) -> Noise:
     return Noise(float(values.mean()), float(values.max()), float(np.concatenate(changed).mean()))
 
 
-def quantise_activation(x: Any, kind: Activation) -> Any:
+def quantise_activation(x: Any, kind: Activation, fixed: InputGrid | None = None) -> Any:
     """``x [..., K]`` float32 through the activation grid of a runtime and back.
 
     ``uint8-tensor``: ONNX DynamicQuantizeLinear, one asymmetric range that holds 0 for the whole tensor.
+    ``uint8-static``: the grid ``fixed``.
     ``q8_0``, ``int8-bN``: symmetric blocks of 32 or N, ``scale = max|x| / 127`` (q8_0 keeps it as fp16).
     ``q8_k``: symmetric blocks of 256, ``scale = extreme / -127`` kept as fp32 (ggml-quants.c).
     """
@@ -176,6 +186,8 @@ def quantise_activation(x: Any, kind: Activation) -> Any:
 
     if kind == "none":
         return x
+    if fixed is not None:
+        return torch.from_numpy(fixed.rounded(x.detach().numpy()))
     if kind in ("float16", "float16-in"):
         return x.half().float()
     if kind == "bfloat16-in":

@@ -36,7 +36,7 @@ __all__ = [
 Activation = str
 """What happens to the input of a matrix product: ``none``, ``float16`` (output too), ``float16-in``, ``float16-maybe``
 (where the processor has such kernels; not simulated), ``bfloat16-in``, ``uint8-tensor``, ``int8-bN`` (blocks of N),
-``q8_0``, ``q8_k``."""
+``uint8-static`` (a fixed grid in the payload), ``q8_0``, ``q8_k``."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ GRID_LIMITS: Mapping[str, GridLimit] = {
     "folded8-channel": GridLimit(7, -1), "folded8-tensor": GridLimit(7, -1),
     "dynamic8-channel": GridLimit(7, -1), "dynamic8-tensor": GridLimit(7, -1),
     "int8": GridLimit(7, -1),  # ONNX MatMulInteger: a scale a tensor or a row, 7 or 8 bits
+    "int8-static": GridLimit(7),  # the same with a scale a row, and a fixed grid for the input
     "q8_0": _ggml(8), "q5_0": _ggml(5), "q5_1": _ggml(5), "q4_0": _ggml(4), "q4_1": _ggml(4),
     "iq4_nl": _ggml(4, largest=4.0, rms=0.75), "iq4_xs": _k_quant(4, 32, 31), "q2_k": _k_quant(2, 16, 15, 0.4),
     "q3_k": _k_quant(3, 16, 31), "q4_k": _k_quant(4, 32, 63), "q5_k": _k_quant(5, 32, 63),
@@ -201,6 +202,8 @@ _FP16 = Faithful(1e-3, 0.97, 2e-3, 1e-2, "half precision between the kernels: ro
 _BLOCKS = Faithful(1e-3, 0.97, 2e-3, 5e-2, "activations in int8 blocks, as simulated")
 _DYNAMIC = Faithful(5e-3, 0.95, 1.0, 2e-1, "one activation range for a whole batch, as simulated; a row depends on "
                     "the rows beside it")  # fmt: skip
+_STATIC = Faithful(2e-3, 0.97, 5e-3, 1e-1, "activations on fixed grids, as simulated: codes on an edge may round the "
+                   "other way")  # fmt: skip
 _LLAMA_FLOAT = Faithful(1e-4, 0.98, 1e-3, 1e-3, "float weights; key/value cache and GELU's table in float16")
 _LLAMA_CPP = Faithful(1e-3, 0.97, 2e-3, 5e-2, "activations in q8 blocks as simulated, key/value cache in float16")
 # 1 - cosine of embeddings is some hundred times smaller than the KL of logits for the same noise.
@@ -221,6 +224,8 @@ def faithful_for(manifest: Manifest, activations: frozenset[Activation]) -> Fait
 def _by_activation(manifest: Manifest, activations: frozenset[Activation]) -> Faithful:
     if "uint8-tensor" in activations:
         return _DYNAMIC
+    if "uint8-static" in activations:
+        return _STATIC
     if manifest.format == "gguf":
         return _LLAMA_CPP if activations & {"q8_0", "q8_k"} else _LLAMA_FLOAT
     if any(kind.startswith("int8-b") for kind in activations):
@@ -244,7 +249,8 @@ _GGUF_FLOATS: Mapping[str, Activation] = {"f32": "none", "f16": "float16-in", "b
 def activation_of(form: Format, tensor: StoredTensor) -> Activation:
     """What the runtime does to the input of a matrix product with this stored weight.
 
-    ONNX: MatMulInteger takes uint8 with one range a tensor (DynamicQuantizeLinear), MatMulNBits at accuracy level 4
+    ONNX: MatMulInteger takes uint8 with one range a tensor (DynamicQuantizeLinear), a product between QDQ pairs uint8
+    with the range that stands in the graph, MatMulNBits at accuracy level 4
     int8 in blocks of its own block size. Without fp16 kernels (x86) ONNX Runtime drops the casts of an fp16 graph and
     computes in float32: SmolLM2 is then 2e-5 nats from its weights in torch, and 0.004 with the rounding simulated.
     llama.cpp converts the input to the weight type's ``vec_dot_type`` (ggml-cpu.c): q8_0 for the types of small
@@ -255,6 +261,8 @@ def activation_of(form: Format, tensor: StoredTensor) -> Activation:
     if form == "onnx":
         if grid == "int8" or grid.startswith("dynamic8"):
             return "uint8-tensor"
+        if grid == "int8-static":
+            return "uint8-static"
         if grid.startswith("int"):
             return f"int8-{grid.split('-')[1]}"
         return "float16-maybe" if grid == "float16" else "none"
@@ -280,6 +288,8 @@ _CEILINGS: tuple[tuple[tuple[str, ...], Ceiling], ...] = (
      "for large models: a small one keeps little")),
     (("tq2_0", "tq1_0", "q2_0", "q1_0"), Ceiling(10.0, 1e5, 1.0, "one and two bits without a search are for models "
      "trained to have them; others keep little more than signs")),
+    (("int8-static",), Ceiling(0.2, 1.3, 0.03, "what costs most is kept in blocks, to stay below 0.05 nats on "
+     "calibration text")),
     (("int8-dynamic", "int8-dynamic-per-channel"), Ceiling(1.5, 4.0, 0.1, "dynamic int8 costs about 0.6 nats; the "
      "saturating one 13.7")),
     (("pal3", "pal2", "sparse"), Ceiling(2.0, 6.0, 0.2, "small tables and pruning need training to be good: "

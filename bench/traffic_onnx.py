@@ -73,7 +73,7 @@ def onnx_traffic(artifact: Artifact) -> Traffic:
         else:
             body += flops
         level = next((a.i for a in node.attribute if a.name == "accuracy_level"), 0)
-        whole += flops if node.op_type in _WHOLE_NUMBERS or level == 4 else 0
+        whole += flops if node.op_type in _WHOLE_NUMBERS or level == 4 or _between_pairs(graph, node) else 0
     weights, _ = onnx_work(graph.file)
     rows = halves = 0
     for name, tensor in tensors.items():
@@ -105,6 +105,12 @@ def _matrix(graph: _Graph, node: Any) -> tuple[int, int] | None:
     shape = graph.file.tensors[stored].shape[-2:]
     turned = _turned(graph, node, node.input[at])
     return (shape[1], shape[0]) if turned else (shape[0], shape[1])
+
+
+def _between_pairs(graph: _Graph, node: Any) -> bool:
+    """Both factors come dequantised: the runtime computes the product with what they were before (QDQ)."""
+    made = [graph.made.get(name) for name in node.input[:2]]
+    return all(one is not None and one.op_type == "DequantizeLinear" for one in made)
 
 
 def _turned(graph: _Graph, node: Any, name: str) -> bool:

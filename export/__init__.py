@@ -77,7 +77,7 @@ def export(
         if types:
             raise UsageError(f"{config.to} chooses the types itself", hint="give a quantisation, or no types")
         chosen = allocate(folder, config, budget, calibration=calibration, dev=dev, work=work, progress=progress)
-    form, write = _writer(config, types, chosen)
+    form, write = _writer(config, types, chosen, dev, work)
     with atomic_directory(out) as temporary:
         draft = write(folder, temporary, calibration, progress)
         if config.ort:
@@ -131,7 +131,9 @@ def _check_size(artifact: Artifact, budget: Budget) -> None:
         )
 
 
-def _writer(config: ExportConfig, types: Mapping[str, str] | None, chosen: Chosen | None) -> tuple[Format, Writer]:
+def _writer(
+    config: ExportConfig, types: Mapping[str, str] | None, chosen: Chosen | None, dev: Sequence[str], work: Path | None
+) -> tuple[Format, Writer]:
     """The writer of a format, told what this artifact is to be."""
     if config.format == "gguf":
         from . import gguf
@@ -145,6 +147,13 @@ def _writer(config: ExportConfig, types: Mapping[str, str] | None, chosen: Chose
     if config.format == "onnx":
         from . import onnx
 
+        if config.quantisation == "int8-static":
+            from .onnx_static import plan_static
+
+            return "onnx", lambda model, out, texts, tell: onnx.write(
+                model, out, config, texts, tell, types=types,
+                static=plan_static(model, calibration=texts, dev=dev, work=work, progress=tell),
+            )  # fmt: skip
         return "onnx", lambda model, out, texts, tell: onnx.write(model, out, config, texts, tell, types=types)
     from . import coreml
 

@@ -28,6 +28,7 @@ from .writer import Draft, context_length
 if TYPE_CHECKING:
     from ..recipe import ExportConfig
     from .onnx_moments import Moments
+    from .onnx_static import StaticPlan
 
 __all__ = ["IR_VERSION", "OPSET", "write"]
 
@@ -43,13 +44,15 @@ def write(
     progress: Progress = silent,
     *,
     types: Mapping[str, str] | None = None,
+    static: StaticPlan | None = None,
     external_bytes: int = EXTERNAL_BYTES,
 ) -> Draft:
     """Write ``folder/model.onnx`` (and ``model.onnx.data`` above ``external_bytes``) and say what is in it.
 
     ``types`` maps parameter names to names of this format's language, where a matrix is to be stored otherwise than
-    ``config`` says. Error compensation (``-gptq``) needs ``calibration`` text. Raises :class:`Unsupported` for a model
-    that has no ONNX graph of ours, :class:`UsageError` for compensation without text or types that don't fit.
+    ``config`` says. ``static`` is the plan of ``int8-static``, made now from ``calibration`` if it is not given. Error
+    compensation (``-gptq``) needs ``calibration`` text. Raises :class:`Unsupported` for a model that has no ONNX graph
+    of ours, :class:`UsageError` for compensation without text or types that don't fit.
     """
     try:
         import onnx  # noqa: F401
@@ -67,7 +70,11 @@ def write(
                           hint=f"decoders have one: {supported('decoder')}")  # fmt: skip
     if wanted.portable and types:
         raise UsageError(f"{config.variant}: types in a portable graph", hint="it has float weights only")
-    scheme = scheme_of(wanted, model.task, types)
+    if wanted.base == "int8-static" and static is None:
+        from .onnx_static import plan_static
+
+        static = plan_static(model, calibration=calibration, progress=progress)
+    scheme = scheme_of(wanted, model.task, {**(static.types if static else {}), **(types or {})})
     moments = _moments(model, config, scheme, calibration, progress)
     spool = Spool(folder)
     try:
@@ -76,7 +83,8 @@ def write(
         for name in types or ():
             if name not in weights:
                 raise UsageError(f"types: {name!r} is no parameter of this model", hint=nearest(name, list(weights)))
-        graph = (PortableGraph if wanted.portable else Graph)(weights, scheme, spool, moments)
+        grids = static.grids if static else {}
+        graph = (PortableGraph if wanted.portable else Graph)(weights, scheme, spool, moments, grids)
         kv_bytes = None
         if model.task == "text-generation":
             from .onnx_decoder import build_decoder
@@ -101,7 +109,10 @@ def write(
         outputs=tuple(outputs),
         shapes="dynamic",
         max_length=length,
-        contents=describe(config.quantisation, graph) + ("; fp16 key/value cache" if config.kv_cache else ""),
+        contents="; ".join(
+            [describe(config.quantisation, graph), *([static.note] if static else []),
+             *(["fp16 key/value cache"] if config.kv_cache else [])]
+        ),
         dtype_histogram=found,
         minimum_runtime={"onnxruntime": minimum_runtime(scheme), "opset": str(OPSET),
                          "ir": str(IR_VERSION)},

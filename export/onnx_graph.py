@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 
 from ..artifact import StoredTensor
 from ..errors import Unsupported
-from ..grids import Affine, quantise_affine
+from ..grids import Affine, InputGrid, quantise_affine
 from .onnx_compensation import fit
 from .onnx_file import Spool
 from .onnx_schemes import Kind, Role, Scheme, names_with
@@ -43,12 +44,17 @@ class Graph:
     """Nodes, weights and the weight map of one model in the making.
 
     ``weights`` are read one at a time; ``scheme`` says how they are stored, ``moments`` what goes into each matrix
-    (needed where the scheme says ``gptq``). Values are named by strings. Activations
+    (needed where the scheme says ``gptq``), ``input_grids`` on which grid it is rounded, by parameter (where the scheme
+    says ``static``). Values are named by strings. Activations
     are float32 between the methods; where the scheme computes in half precision, :meth:`linear` casts.
     """
 
-    def __init__(self, weights: Weights, scheme: Scheme, spool: Spool, moments: Moments | None = None) -> None:
+    def __init__(
+        self, weights: Weights, scheme: Scheme, spool: Spool, moments: Moments | None = None,
+        input_grids: Mapping[str, InputGrid] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         self.weights = weights
+        self._input_grids = input_grids
         self._moments = moments
         self.scheme = scheme
         self.nodes: list[Any] = []
@@ -136,6 +142,8 @@ class Graph:
                 y = self._linear_blocks(x, names, biases, label, kind)
             case "dynamic":
                 y = self._linear_dynamic(x, names, biases, label, kind)
+            case "static":
+                y = self._linear_static(x, names, biases, label, kind)
         return self.cast(y, "float32") if self.scheme.half and not half else y
 
     def _linear_float(self, x: str, names: Sequence[str], biases: Sequence[str], label: str) -> str:
@@ -165,6 +173,33 @@ class Graph:
         )  # fmt: skip
 
     def _linear_dynamic(self, x: str, names: Sequence[str], biases: Sequence[str], label: str, kind: Kind) -> str:
+        codes, scale = self._store_whole(names, kind, "int8")
+        if (key := ("dynamic", x)) not in self._cache:
+            quantised = self.ops("DynamicQuantizeLinear", [x], 3, name=f"{label}.quantize")
+            self._cache[key] = "\0".join(quantised)
+        levels, step, zero = self._cache[key].split("\0")
+        whole = self.op("MatMulInteger", levels, codes, zero, self.constant(0, np.int8), name=f"{label}.matmul")
+        factor = self.op("Mul", step, scale, name=f"{label}.scale")
+        y = self.op("Mul", self.cast(whole, "float32"), factor, name=f"{label}.rescale")
+        return self.op("Add", y, self.bias(biases), name=f"{label}.add") if biases else y
+
+    def _linear_static(self, x: str, names: Sequence[str], biases: Sequence[str], label: str, kind: Kind) -> str:
+        """QDQ: the input on the grid that calibration gave the first of ``names``, an int8 weight, a float product."""
+        if names[0] not in self._input_grids:
+            raise Unsupported(f"{names[0]}: calibration saw no input of it", hint="export it to onnx:int8")
+        grid = self._input_grids[names[0]]
+        codes, scales = self._store_whole(names, kind, "int8-static")
+        if (key := ("static", x)) not in self._cache:
+            given = [self.constant(grid.scale, np.float32), self.constant(grid.zero_point, np.uint8)]
+            levels = self.op("QuantizeLinear", x, *given, name=f"{label}.quantize")
+            self._cache[key] = self.op("DequantizeLinear", levels, *given, name=f"{label}.dequantize")
+        zeros = self.constant(np.zeros(sum(self.weights.shape(name)[0] for name in names)), np.int8)
+        weight = self.op("DequantizeLinear", codes, scales, zeros, name=f"{label}.weight", axis=1)
+        y = self.op("MatMul", self._cache[key], weight, name=f"{label}.matmul")
+        return self.op("Add", y, self.bias(biases), name=f"{label}.add") if biases else y
+
+    def _store_whole(self, names: Sequence[str], kind: Kind, grid_name: str) -> tuple[str, str]:
+        """Signed codes ``[K, N]`` of merged matrices with a scale for each of the N columns."""
         stored = self._merged_name(names)
         parts, scales = [], []
         for name in names:
@@ -175,15 +210,8 @@ class Graph:
             scales.append(np.broadcast_to(grid.scales[:, 0], (weight.shape[0],)))
         codes = self._spool.add(f"{stored}.int8", np.concatenate(parts).T)
         scale = self._spool.add(f"{stored}.scales", np.concatenate(scales))
-        self._record(names, [len(part) for part in parts], codes, "int8", (("transpose",),), scale)
-        if (key := ("dynamic", x)) not in self._cache:
-            quantised = self.ops("DynamicQuantizeLinear", [x], 3, name=f"{label}.quantize")
-            self._cache[key] = "\0".join(quantised)
-        levels, step, zero = self._cache[key].split("\0")
-        whole = self.op("MatMulInteger", levels, codes, zero, self.constant(0, np.int8), name=f"{label}.matmul")
-        factor = self.op("Mul", step, scale, name=f"{label}.scale")
-        y = self.op("Mul", self.cast(whole, "float32"), factor, name=f"{label}.rescale")
-        return self.op("Add", y, self.bias(biases), name=f"{label}.add") if biases else y
+        self._record(names, [len(part) for part in parts], codes, grid_name, (("transpose",),), scale)
+        return codes, scale
 
     def embed(self, ids: str, name: str, *, role: Role = "embedding") -> str:
         """Rows ``ids`` of the table ``name``, float32."""

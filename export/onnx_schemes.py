@@ -23,14 +23,16 @@ class Kind:
 
     ``float``: in the compute type. ``blocks``: codes of ``bits`` with a scale for each ``block`` of a row (32 where
     ``block`` does not divide it), activations in float (MatMulNBits, GatherBlockQuantized). ``dynamic``: int8 codes
-    with a scale a tensor or a row, activations quantised to uint8 as they come (MatMulInteger).
+    with a scale a tensor or a row, activations quantised to uint8 as they come (MatMulInteger). ``static``: such codes,
+    activations quantised to uint8 on a grid that calibration fixed (:class:`edgestill.grids.InputGrid`; QuantizeLinear
+    and DequantizeLinear, which runtimes fuse with the product).
 
     ``fit`` is how codes in blocks are found: round to ``nearest`` in the block's range; ``search`` for the range with
     the least squared error; ``gptq``, which makes up for errors besides. ``half_scales`` keeps scales as float16 in the
     file; ONNX Runtime widens them once, when it loads.
     """
 
-    way: Literal["float", "blocks", "dynamic"] = "float"
+    way: Literal["float", "blocks", "dynamic", "static"] = "float"
     bits: int = 8
     symmetric: bool = True
     per_row: bool = False
@@ -81,6 +83,8 @@ _PLAIN: dict[str, Scheme] = {
     "int8": Scheme(_INT8),
     "int4": Scheme(_INT4, tuple((role, _INT8) for role in _SENSITIVE)),
     "int8-dynamic": Scheme(Kind("dynamic", 7, per_row=True), tuple((role, _INT8) for role in _SENSITIVE)),
+    # Which matrices stay in 8-bit blocks is measured for each model (onnx_static.py), not said here.
+    "int8-static": Scheme(Kind("static", 7, per_row=True), (("embedding", _INT8),)),
     "int8-dynamic-per-channel": Scheme(Kind("dynamic", 8, per_row=True), (("embedding", _INT8),)),
 }
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ..artifact import Artifact, Histogram, StoredTensor
 from ..errors import BadInput, Unsupported, nearest
+from ..grids import InputGrid
 
 __all__ = ["PayloadReader", "StoredPayload", "apply_layout", "open_payload"]
 
@@ -47,6 +48,14 @@ class PayloadReader:
         with _damage(tensor.name):
             values = np.asarray(self._payload.stored(tensor), np.float32)
         return np.ascontiguousarray(apply_layout(values, tensor.layout, name=tensor.name))
+
+    def input_grid(self, tensor: StoredTensor) -> InputGrid:
+        """The fixed grid of what the matrix ``tensor`` is multiplied with; :class:`BadInput` where there is none."""
+        with _damage(tensor.name):
+            found = getattr(self._payload, "input_grid", lambda _: None)(tensor)
+        if not isinstance(found, InputGrid):
+            raise BadInput(f"{tensor.name}: no fixed grid of its inputs is in the payload", hint="export it again")
+        return found
 
     def histogram(self) -> dict[str, Histogram]:
         """What is stored in which type, counted in the file itself."""

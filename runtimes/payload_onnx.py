@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ..artifact import Artifact, Histogram, StoredTensor
 from ..errors import Unsupported
-from ..grids import Affine, dequantise_affine
+from ..grids import Affine, InputGrid, dequantise_affine
 from .onnx_constants import OnnxConstants
 from .onnx_reader import OnnxFile, graph_path
 
@@ -37,12 +37,25 @@ class OnnxPayload:
         match tensor.grid:
             case "float32" | "float16":
                 return np.asarray(raw, np.float32)
-            case "int8":
+            case "int8" | "int8-static":
                 return self._int8(tensor, raw)
             case grid if re.fullmatch(r"int[48]-b\d+(-search|-gptq)?", grid):
                 return self._blocks(tensor, raw, int(grid[3]))
             case other:
                 raise Unsupported(f"{tensor.stored}: an ONNX payload has no grid {other!r}", hint="export it again")
+
+    def input_grid(self, tensor: StoredTensor) -> InputGrid | None:
+        """The fixed grid that the graph puts the input of the product with ``tensor`` on; ``None`` if there is none."""
+        made = {name: node for node in self._file.graph.node for name in node.output}
+        weights = {node.output[0] for node in self._file.graph.node
+                   if node.op_type == "DequantizeLinear" and node.input[0] == tensor.stored}  # fmt: skip
+        for node in self._file.graph.node:
+            if node.op_type == "MatMul" and node.input[1] in weights:
+                given = made.get(node.input[0])
+                if given is not None and given.op_type == "DequantizeLinear":
+                    scale, zero = (self._file.array(name).reshape(()) for name in given.input[1:3])
+                    return InputGrid(np.float32(scale), int(zero))
+        return None
 
     def histogram(self) -> dict[str, Histogram]:
         """What is stored in which type, read from the file."""
@@ -115,6 +128,8 @@ def histogram(file: OnnxFile) -> dict[str, Histogram]:
                 count(kind, stored, fields["N"] * fields["K"], [widened.get(name, name) for name in node.input[2:4]])
             case "MatMulInteger":
                 count("int8", stored, elements(stored), [stored.removesuffix(".int8") + ".scales"])
+            case "DequantizeLinear":
+                count("int8-static", stored, elements(stored), [node.input[1]])
             case "GatherBlockQuantized":
                 kind = f"int{fields['bits']}-b{fields['block_size']}"
                 count(kind, stored, elements(stored) * 8 // fields["bits"], [f"{stored}.scales", f"{stored}.zeros"])

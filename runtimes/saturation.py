@@ -1,4 +1,4 @@
-"""Would a dynamically quantised ONNX model overflow on a processor that adds its int8 products in 16 bits?
+"""Would a model of uint8 activations and int8 weights overflow on a processor that adds its products in 16 bits?
 
 x86 processors without VNNI multiply uint8 activations by int8 weights with VPMADDUBSW: two neighbouring products are
 added and *saturated* to int16. 255 * 127 * 2 does not fit, so sums are cut, silently, and only on such machines. This
@@ -29,7 +29,7 @@ _COLUMNS, _PAIRS = 4096, 1 << 16  # taken at a time, to bound memory
 class Saturation:
     """``fraction`` of all pairs of products that saturate (exactly 0 for a safe model), ``worst_node`` by
     ``relative_error``: the norm of what saturation changes over the norm of the node's exact result. ``nodes``
-    MatMulIntegers were looked at, each with ``rows`` activation rows at most."""
+    products were looked at, each with ``rows`` activation rows at most."""
 
     fraction: float
     worst_node: str
@@ -79,28 +79,59 @@ def _columns(a: npt.NDArray[np.int32], zero_point: int, codes: npt.NDArray[np.in
     return count, float(np.square(lost).sum()), float(np.square(exact.astype(np.float64)).sum())
 
 
-def saturation(artifact: Artifact, ids: Ints, attention_mask: Ints) -> Saturation | None:
-    """Run ``ids [B, T]`` (right padding) through the artifact and redo each of its MatMulIntegers in 16-bit pairs.
+@dataclass(frozen=True)
+class _Product:
+    """uint8 ``levels`` times int8 ``codes``, all by their names in the graph."""
 
-    Returns ``None`` for an artifact without dynamic int8. Raises :class:`BadInput` for a damaged file,
+    name: str
+    levels: str
+    zero: str
+    codes: str
+
+
+def _products(file: OnnxFile) -> list[_Product]:
+    """MatMulIntegers, and MatMuls between a QuantizeLinear - DequantizeLinear pair and dequantised weights, which
+    ONNX Runtime computes as such."""
+    made = {name: node for node in file.graph.node for name in node.output}
+    found = []
+    for node in file.graph.node:
+        if node.op_type == "MatMulInteger":
+            found.append(_Product(node.name, node.input[0], node.input[2], node.input[1]))
+        elif node.op_type == "MatMul":
+            x, weight = made.get(node.input[0]), made.get(node.input[1])
+            if x is None or weight is None or {x.op_type, weight.op_type} != {"DequantizeLinear"}:
+                continue
+            tensor = file.tensors.get(weight.input[0])
+            if tensor is not None and tensor.dtype == np.int8 and len(x.input) > 2:
+                found.append(_Product(node.name, x.input[0], x.input[2], weight.input[0]))
+    return found
+
+
+def saturation(artifact: Artifact, ids: Ints, attention_mask: Ints) -> Saturation | None:
+    """Run ``ids [B, T]`` (right padding) through the artifact and redo each of its uint8 by int8 products in 16-bit
+    pairs.
+
+    Returns ``None`` for an artifact without such products. Raises :class:`BadInput` for a damaged file,
     :class:`MissingDependency` without onnx or onnxruntime.
     """
     file = OnnxFile(graph_path(artifact))
-    nodes = [node for node in file.graph.node if node.op_type == "MatMulInteger"]
+    nodes = _products(file)
     if not nodes:
         return None
-    wanted = list(dict.fromkeys(name for node in nodes for name in (node.input[0], node.input[2])))
+    inside = (name for node in nodes for name in (node.levels, node.zero) if name not in file.tensors)
+    wanted = list(dict.fromkeys(inside))
     found = exposed_values(artifact, ids, attention_mask, wanted)
     real = np.flatnonzero(attention_mask.reshape(-1))
     rows = real[np.linspace(0, len(real) - 1, min(_ROWS, len(real))).astype(int)]
     saturating = pairs = 0
     worst, worst_error = nodes[0].name, -1.0
     for node in nodes:
-        levels = found[node.input[0]].reshape(-1, found[node.input[0]].shape[-1])
+        levels = found[node.levels].reshape(-1, found[node.levels].shape[-1])
         if len(levels) == attention_mask.size:
             levels = levels[rows]
-        codes = np.asarray(file.array(node.input[1]), np.int8)
-        count, total, error = pair_saturation(levels, int(found[node.input[2]].reshape(())), codes)
+        zero = found[node.zero] if node.zero in found else file.array(node.zero)
+        codes = np.asarray(file.array(node.codes), np.int8)
+        count, total, error = pair_saturation(levels, int(zero.reshape(())), codes)
         saturating, pairs = saturating + count, pairs + total
         if error > worst_error:
             worst, worst_error = node.name, error

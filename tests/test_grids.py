@@ -187,3 +187,33 @@ def test_affine_keeps_zero_and_the_extreme() -> None:
     asymmetric = dequantise_affine(quantise_affine(weight, bits=8, symmetric=False))
     assert asymmetric[0, 0] == 0
     np.testing.assert_allclose(asymmetric, weight, atol=4.5 / 255 / 2 + 1e-6)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-3.2, 5.5), (0.0, 7.0), (-2.0, 0.0), (1.5, 9.0), (0.0, 0.0)])
+def test_input_grids_are_those_of_onnxruntime(low: float, high: float) -> None:
+    """QuantizeLinear and DequantizeLinear to the bit, values on the edge between two levels and beyond the ends too."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    from edgestill.grids import input_grid
+
+    grid = input_grid(low, high)
+    assert 0.0 in grid.rounded(np.zeros(1, np.float32))
+    edges = (np.arange(-300, 560) / 2 - grid.zero_point).astype(np.float32) * grid.scale
+    x = np.concatenate([edges, np.random.default_rng(0).normal(size=500).astype(np.float32) * 4])
+    nodes = [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+             helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"])]  # fmt: skip
+    constants = [helper.make_tensor("s", TensorProto.FLOAT, [], [grid.scale]),
+                 helper.make_tensor("z", TensorProto.UINT8, [], [grid.zero_point])]  # fmt: skip
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [len(x)])],
+        [helper.make_tensor_value_info("q", TensorProto.UINT8, None),
+         helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], constants,
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    levels, values = session.run(["q", "y"], {"x": x})
+    np.testing.assert_array_equal(grid.levels(x), levels)
+    np.testing.assert_array_equal(grid.rounded(x), values)

@@ -43,6 +43,16 @@ def test_the_destructive_int8_is_caught_and_the_shipped_one_is_not_it(minilm: Pa
     assert found["onnx-int8"].level == found["onnx-int8-dynamic"].level == "device_verified"
 
 
+def test_static_int8_loses_less_than_dynamic_int8(minilm: Path, tmp_path: Path) -> None:
+    """What stays in blocks was chosen by measurement there, by role here."""
+    found = exported(minilm, tmp_path, "onnx:int8-dynamic", "onnx:int8-static")
+    assert {artifact.level for artifact in found.values()} == {"device_verified"}
+    metrics = {name: artifact.metrics for name, artifact in found.items()}
+    print(metrics)
+    assert metrics["onnx-int8-static"]["cosine@sample"] > metrics["onnx-int8-dynamic"]["cosine@sample"]
+    assert metrics["onnx-int8-static"]["cosine@sample"] > 0.99
+
+
 def test_smollm2_in_onnx_and_gguf(smollm2: Path, tmp_path: Path) -> None:
     found = exported(smollm2, tmp_path, "onnx:fp32", "gguf:q8_0")
     assert {artifact.level for artifact in found.values()} == {"device_verified"}

@@ -39,7 +39,7 @@ def _want(weight: np.ndarray, grid: str, quantisation: str) -> np.ndarray:
             return weight
         case "float16":
             return weight.astype(np.float16).astype(np.float32)
-        case "int8":
+        case "int8" | "int8-static":
             bits = 8 if quantisation.endswith("per-channel") else 7
             return dequantise_affine(quantise_affine(weight, bits=bits))
     bits, block = int(grid[3]), int(grid.partition("-b")[2])

@@ -45,13 +45,15 @@ def test_the_notorious_setting_is_caught_and_the_shipped_one_is_not(tiny_llama: 
     mask = (np.arange(16) < np.array([[16], [9]])).astype(np.int64)
     found = {
         name: saturation(export(tiny_llama, tmp_path / name, ExportConfig(to=f"onnx:{name}")), ids, mask)
-        for name in ("int8-dynamic", "int8-dynamic-per-channel", "int8")
+        for name in ("int8-dynamic", "int8-dynamic-per-channel", "int8-static", "int8")
     }
     assert found["int8"] is None
     safe, bad = found["int8-dynamic"], found["int8-dynamic-per-channel"]
     assert safe is not None
     assert bad is not None
     assert safe.fraction == 0.0
+    assert found["int8-static"] is not None
+    assert found["int8-static"].fraction == 0.0
     assert bad.fraction > 0.0
     assert bad.relative_error > 0.0
     assert "matmul" in bad.worst_node
