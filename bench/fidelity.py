@@ -145,6 +145,7 @@ def pairwise_spearman(embeddings: Array, reference: Array, *, seed: int = 0) -> 
     def correlation(drawn: Array) -> Array:
         weights = np.stack([np.bincount(row, minlength=count) for row in drawn.astype(np.int64)]).astype(np.float64)
         sa, sb, saa, sbb, sab, n = (((weights @ (m + m.T)) * weights).sum(axis=1) / 2 for m in forms)
+        n = np.maximum(n, 1)  # few sentences: a resample may hold one of them alone, and no pair
         covariance = sab - sa * sb / n
         spread = np.sqrt((saa - sa * sa / n) * (sbb - sb * sb / n))
         return np.asarray(np.divide(covariance, spread, out=np.zeros_like(spread), where=spread > 0))

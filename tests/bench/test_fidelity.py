@@ -155,6 +155,13 @@ def test_spearman_interval_agrees_with_resampling_sentences_the_slow_way():
     assert summary.high == pytest.approx(high, abs=0.05)
 
 
+def test_spearman_of_few_sentences_survives_a_resample_of_one_alone():
+    """Warnings are errors here: a resample of one sentence three times has no pair to divide by."""
+    x = np.random.default_rng(0).normal(size=(3, 4))
+    summary = pairwise_spearman(x, x + 0.01).summary
+    assert np.isfinite([summary.value, summary.low, summary.high]).all()
+
+
 def test_spearman_of_itself_is_one_and_of_too_few_is_refused():
     x = np.random.default_rng(0).normal(size=(10, 4))
     assert pairwise_spearman(x, 3 * x).summary.value == pytest.approx(1)
