@@ -61,9 +61,10 @@ class Palette:
 def quantise_blocks(weight: Floats, *, bits: int, block: int = 0, mask: Mask | None = None) -> Blocks | None:
     """Round-to-nearest codes for ``weight [rows, columns]`` with a scale for ``block`` columns (0: a row).
 
-    Eight bits: ``scale = max|w| / 127``. Fewer: of the scales that spend the extreme value on the lowest code or stay
-    symmetric, as they are or a little smaller, that with the least squared error. Where ``mask`` is false nothing is
-    stored, and the codes are 0. ``None`` when a block's scale would be too small for float16 to hold precisely.
+    Eight bits: ``scale = max|w| / 127``, or the float16 below it where that gives every weight exactly. Fewer: of the
+    scales that spend the extreme value on the lowest code or stay symmetric, as they are or a little smaller, that with
+    the least squared error. Where ``mask`` is false nothing is stored, and the codes are 0. ``None`` when a block's
+    scale would be too small for float16 to hold precisely.
     ``block`` must divide ``columns``.
     """
     rows, columns = weight.shape
@@ -76,8 +77,7 @@ def quantise_blocks(weight: Floats, *, bits: int, block: int = 0, mask: Mask | N
     if ((peak > 0) & (peak / top < _HALF_NORMAL)).any():
         return None
     scales = _half_up(peak / top)
-    if bits < 8:
-        scales = _best_scales(tiles, peak, top, scales)
+    scales = _exact_scales(tiles, scales, top) if bits == 8 else _best_scales(tiles, peak, top, scales)
     return Blocks(_round(tiles, scales, top).reshape(rows, columns), scales)
 
 
@@ -93,6 +93,15 @@ def _round(tiles: Floats, scales: npt.NDArray[np.float16], top: int) -> Codes:
     codes = tiles * inverse[..., None]
     np.clip(np.rint(codes, out=codes), -top - 1, top, out=codes)
     return np.asarray(codes, np.int8)
+
+
+def _exact_scales(tiles: Floats, scales: npt.NDArray[np.float16], top: int) -> npt.NDArray[np.float16]:
+    """The scale below where it gives the block exactly. Weights that are on such a grid already, rounded to float16 as
+    Core ML computes with them, are found again by that: half of the largest ones were rounded up."""
+    below = np.nextafter(scales, np.float16(0))
+    again = (_round(tiles, below, top) * below.astype(np.float32)[..., None]).astype(np.float16)
+    exact = (again.astype(np.float32) == tiles).all(axis=2)
+    return np.where(exact, below, scales)
 
 
 def _best_scales(tiles: Floats, peak: Floats, top: int, scales: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:

@@ -83,9 +83,11 @@ def fake_grid(form: str, tensor: StoredTensor) -> FakeGrid:
         bits, block = int(found[1]), int(found[2])
         kind = _asymmetric if tensor.zero_points else _symmetric
         return FakeGrid(grid, block, partial(kind, bits=bits), cuts=not tensor.zero_points)
+    if form == "coreml" and grid == "int8-channel":
+        return FakeGrid(grid, 0, _coreml_int8)
     raise Unsupported(
         f"[distill.quantized] {tensor.name} ships as {form} {grid}, which a student can't be trained through",
-        hint="use onnx:int4, onnx:int8, gguf:q4_0 or gguf:q8_0",
+        hint="use onnx:int4, onnx:int8, gguf:q4_0, gguf:q8_0 or coreml:int8",
     )
 
 
@@ -165,6 +167,26 @@ def _q8_0(tiles: Tensor) -> Rounded:
     codes = steps.trunc()
     codes += torch.where((steps - codes).abs() >= 0.5, steps.sign(), 0.0)
     return codes * scale.half().float(), None
+
+
+def _coreml_int8(tiles: Tensor) -> Rounded:
+    """``quantise_blocks(bits=8)`` of :mod:`edgestill.coreml_grids` on float16 weights, as a program in float16 decodes
+    it: each product is rounded to float16."""
+    tiles = tiles.half().float()
+    wanted = tiles.abs().amax(1, keepdim=True) / 127
+    scale = wanted.half()
+    up = (scale.view(torch.int16) + 1).view(torch.float16)  # the next float16; scales are not negative
+    scale = torch.where(scale.float() < wanted, up, scale)
+    below = (scale.view(torch.int16) - 1).clamp(min=0).view(torch.float16)
+    values, lower = _coreml_values(tiles, scale), _coreml_values(tiles, below)
+    return torch.where((lower == tiles).all(1, keepdim=True), lower, values), None
+
+
+def _coreml_values(tiles: Tensor, scale: Tensor) -> Tensor:
+    wide = scale.float()
+    inverse = torch.where(wide != 0, 1 / wide, 0.0)
+    codes = (tiles * inverse).round_().clamp_(-128, 127)
+    return (codes * wide).half().float()
 
 
 _GGML: dict[str, Callable[[Tensor], Rounded]] = {

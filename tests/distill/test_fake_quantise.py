@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from edgestill.artifact import StoredTensor
+from edgestill.coreml_grids import dequantise_blocks, quantise_blocks
 from edgestill.distill.fake_quantise import FakeGrid, fake_grid
 from edgestill.errors import Unsupported
 from edgestill.grids import GGML_GRIDS, dequantise, dequantise_affine, ggml_size, quantise_affine
@@ -139,6 +140,27 @@ def test_the_c_library_finds_ggml_values_again(
     values = _torch(ours, _blocks(seed))
     assert np.array_equal(ggml(grid)(values), values)
     assert np.array_equal(_torch(ours, values), values)
+
+
+def _coreml(weight: Floats) -> Floats:
+    """What a float16 program holds of a weight: rounded to float16 before it is encoded and after it is decoded."""
+    grid = quantise_blocks(weight.astype(np.float16).astype(np.float32), bits=8)
+    assert grid is not None
+    return dequantise_blocks(grid).astype(np.float16).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_core_mls_int8_is_numpys_and_is_found_again(seed: int) -> None:
+    ours, rows = fake_grid("coreml", _tensor("int8-channel")), _blocks(seed, 192)
+    peak = np.abs(rows).max(axis=1)
+    rows = rows[(peak == 0) | ((peak > 0.01) & (peak < 6e4))]  # smaller scales are stored as float16
+    values = _torch(ours, rows)
+    assert np.array_equal(values, _coreml(rows))
+    assert np.array_equal(_coreml(values), values)
+    assert np.array_equal(_torch(ours, values), values)
+    peaks = np.abs(values).max(axis=1)
+    plain = (peaks / 127).astype(np.float16)  # the rule alone would have moved many rows to another scale
+    assert (plain.astype(np.float32) * 127 != peaks).mean() > 0.2
 
 
 @pytest.mark.parametrize(("grid", "dtype"), [("float16", np.float16), ("float32", np.float32)])

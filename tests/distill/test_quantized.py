@@ -32,6 +32,11 @@ from edgestill.runtimes.session import SessionOptions, open_session
 
 WORDS = "ship phone board model small large fast quiet loud red blue green".split()
 FORMATS = ["onnx:int4", "gguf:q4_0"]
+GRIDS = {
+    "onnx:int4": {"int4-b32": 18, "int8-b32": 4},
+    "gguf:q4_0": {"q4_0": 21, "q8_0": 1},
+    "coreml:int8": {"float16": 13, "int8-channel": 16},
+}
 KL = {"forward_kl": 1.0}
 
 
@@ -40,7 +45,7 @@ def _ship(to: str, model: Path, out: Path) -> Artifact:
 
 
 def _skip_without(to: str) -> None:
-    pytest.importorskip("onnxruntime" if to.startswith("onnx") else "llama_cpp")
+    pytest.importorskip({"onnx": "onnxruntime", "gguf": "llama_cpp", "coreml": "coremltools"}[to.partition(":")[0]])
 
 
 def _walks(seed: int, count: int) -> list[str]:
@@ -107,7 +112,7 @@ def _kl(artifact: Artifact, teacher: Path, texts: list[str]) -> float:
     return float(torch.cat(found).mean())
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", [*FORMATS, pytest.param("coreml:int8", marks=pytest.mark.whole)])
 def test_what_was_trained_is_what_ships(
     to: str, decoder: Path, tmp_path: Path, walks: DataSets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,7 +138,7 @@ def test_what_was_trained_is_what_ships(
     assert "model.embed_tokens.weight" in moved  # the tied ones too
     assert not torch.equal(before[moved[0]], start[moved[0]])  # and the first measurement was of the grid already
     card = json.loads((result.path / "distillation.json").read_text())
-    assert card["grids"] == ({"int4-b32": 18, "int8-b32": 4} if "int4" in to else {"q4_0": 21, "q8_0": 1})
+    assert card["grids"] == GRIDS[to]
     assert card["config"]["quantized"] == {"to": to}
     assert sorted(path.name for path in (tmp_path / "work").iterdir() if "ship" in path.name) == []
 
