@@ -16,10 +16,12 @@ import numpy.typing as npt
 
 __all__ = [
     "Blocks",
+    "Mask",
     "Palette",
     "cluster",
     "dequantise_blocks",
     "dequantise_palette",
+    "holds_blocks",
     "largest_weights",
     "quantise_blocks",
     "quantise_palette",
@@ -74,11 +76,23 @@ def quantise_blocks(weight: Floats, *, bits: int, block: int = 0, mask: Mask | N
         tiles = np.where(mask.reshape(tiles.shape), tiles, np.float32(0))
     top = (1 << (bits - 1)) - 1
     peak = np.abs(tiles).max(axis=2)
-    if ((peak > 0) & (peak / top < _HALF_NORMAL)).any():
+    if _too_small(peak, top):
         return None
     scales = _half_up(peak / top)
     scales = _exact_scales(tiles, scales, top) if bits == 8 else _best_scales(tiles, peak, top, scales)
     return Blocks(_round(tiles, scales, top).reshape(rows, columns), scales)
+
+
+def holds_blocks(weight: Floats, *, bits: int, block: int = 0) -> bool:
+    """Whether :func:`quantise_blocks` can store ``weight``, without doing so."""
+    rows, columns = weight.shape
+    width = block or columns
+    peak = np.abs(weight).reshape(rows, columns // width, width).max(axis=2)
+    return not _too_small(peak, (1 << (bits - 1)) - 1)
+
+
+def _too_small(peak: Floats, top: int) -> bool:
+    return bool(((peak > 0) & (peak / top < _HALF_NORMAL)).any())
 
 
 def _half_up(scale: npt.NDArray[Any]) -> npt.NDArray[np.float16]:

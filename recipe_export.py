@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from .quantisation import Quantisation, parse_quantisation
+from .quantisation import Budget, Quantisation, parse_quantisation
 from .recipe_base import Name, Positive, Strict
 
 __all__ = ["ExportConfig"]
@@ -75,6 +75,9 @@ class ExportConfig(Strict):
     def _ort_is_onnx(self) -> Self:
         if self.ort and self.format != "onnx":
             raise ValueError(f"ort = true is for onnx, not for {self.format}")
+        if self.ort and isinstance(self.parsed, Budget):
+            raise ValueError(f"{self.to} with ort = true: the size of an .ort file is known only when ONNX Runtime has "
+                             "made it; leave ort out, or name a type such as onnx:int8")  # fmt: skip
         return self
 
     @property

@@ -135,15 +135,14 @@ def _writer(
     config: ExportConfig, types: Mapping[str, str] | None, chosen: Chosen | None, dev: Sequence[str], work: Path | None
 ) -> tuple[Format, Writer]:
     """The writer of a format, told what this artifact is to be."""
+    told: Mapping[str, Any] = {"types": types}
+    if chosen is not None:
+        config = config.model_copy(update={"to": chosen.to, "name": config.variant})
+        told = {"types": chosen.types, **chosen.told}
     if config.format == "gguf":
         from . import gguf
 
-        if chosen is None:
-            return "gguf", lambda model, out, texts, tell: gguf.write(model, out, config, texts, tell, types=types)
-        plain = config.model_copy(update={"to": chosen.to, "name": config.variant})
-        return "gguf", lambda model, out, texts, tell: gguf.write(
-            model, out, plain, texts, tell, types=chosen.types, encode=chosen.encode
-        )
+        return "gguf", lambda model, out, texts, tell: gguf.write(model, out, config, texts, tell, **told)
     if config.format == "onnx":
         from . import onnx
 
@@ -151,10 +150,10 @@ def _writer(
             from .onnx_static import plan_static
 
             return "onnx", lambda model, out, texts, tell: onnx.write(
-                model, out, config, texts, tell, types=types,
+                model, out, config, texts, tell, **told,
                 static=plan_static(model, calibration=texts, dev=dev, work=work, progress=tell),
             )  # fmt: skip
-        return "onnx", lambda model, out, texts, tell: onnx.write(model, out, config, texts, tell, types=types)
+        return "onnx", lambda model, out, texts, tell: onnx.write(model, out, config, texts, tell, **told)
     from . import coreml
 
-    return "coreml", lambda model, out, texts, tell: coreml.write(model, out, config, texts, tell, types=types)
+    return "coreml", lambda model, out, texts, tell: coreml.write(model, out, config, texts, tell, **told)

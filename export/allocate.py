@@ -70,67 +70,100 @@ def allocate(
     the sensitivities. Raises :class:`UsageError` with the smallest possible size when the budget is too small, and
     :class:`Unsupported` for a format whose writer takes no types.
     """
-    if config.format != "gguf":
-        raise Unsupported(
-            f"{budget.to}: types are not chosen for {config.format} yet",
-            hint=f"export to gguf@{budget.name}, or name a type: {config.format}:int8",
-        )
     from ..checkpoints import load_torch
-    from .allocate_gguf import GgufSpace
     from .moments import input_moments
 
     built_in = not calibration or not dev
     calibration = list(calibration) or list(SAMPLE_TEXT[::2])
     dev = list(dev) or list(SAMPLE_TEXT[1::2])
     # What can't be done is found before the work that takes minutes.
-    empty = GgufSpace(model, config, {})
-    if not empty.tensors:
-        raise Unsupported(f"{budget.to}: no tensor has rows that a quantised type can take", hint="export to gguf:f16")
-    room = budget.budget_bytes - empty.overhead_bytes()
-    _check_room(empty, budget, room)
+    space = _space(model, config, progress)
+    if not space.tensors:
+        raise Unsupported(
+            f"{budget.to}: no tensor has rows that a quantised type can take",
+            hint="export to gguf:f16" if config.format == "gguf" else f"export to {config.format}:fp16",
+        )
+    room = _room(space, budget)
     module = load_torch(model.path)
     root = module.encoder if model.task == "feature-extraction" else module
     texts = _inputs(model, calibration, _MOMENT_TOKENS, _MOMENT_TEXTS)
     moments = input_moments(module, root, model.task, texts, progress=progress)
-    space = GgufSpace(model, config, moments)
+    space.learn(moments)
 
     def ruler(on: Sequence[str], tokens: int, count: int) -> Ruler:
-        return Ruler(module, root, model.layers_path, model.task, _inputs(model, on, tokens, count))
+        inputs = _inputs(model, on, tokens, count)
+        return Ruler(module, root, model.layers_path, model.task, inputs, turned=model.turned)
 
     costs = sensitivities(
         work, {"model_id": model.model_id, "format": config.format, "text_sha256": hash_json(calibration)}, space,
         lambda: ruler(calibration, _COST_TOKENS, _COST_TEXTS), moments, progress,
     )  # fmt: skip
     judge = ruler(dev, _DEV_TOKENS, _DEV_TEXTS)
-    found = pick(costs, room, lambda types: judge.distance(_decoded(space, judge, types)), progress)
-    return space.chosen(found.types, _note(model, budget, found, costs, room, built_in))
+    found = pick(
+        costs, room, lambda types: judge.distance(_decoded(space, judge, types)), progress,
+        lambda types: space.whole_bytes(types) - budget.budget_bytes,
+    )  # fmt: skip
+    return space.chosen(found.types, _note(model, budget, found, costs, room, built_in, space.how))
 
 
-def _check_room(space: Space, budget: Budget, room: int) -> None:
-    sizes = {
-        tensor.name: [Option(type_, space.size_bytes(tensor, type_), 0.0) for type_ in tensor.types]
+def _space(model: ModelFolder, config: ExportConfig, progress: Progress) -> Space:
+    if config.format == "gguf":
+        from .allocate_gguf import GgufSpace
+
+        return GgufSpace(model, config)
+    if config.format == "onnx":
+        from .allocate_onnx import OnnxSpace
+
+        return OnnxSpace(model, config)
+    from .allocate_coreml import CoremlSpace
+
+    return CoremlSpace(model, config, progress)
+
+
+def _room(space: Space, budget: Budget) -> int:
+    """Bytes for the values of tensors: what the smallest types leave of the budget, and their own."""
+    least = {
+        tensor.name: min(tensor.types, key=lambda type_, of=tensor: space.size_bytes(of, type_))  # type: ignore[misc]
         for tensor in space.tensors
     }
-    least = smallest(sizes)
-    if least > room:
-        size = budget.budget_bytes - room + least
+    size = space.whole_bytes(least)
+    if size > budget.budget_bytes:
         raise UsageError(
             f"{budget.to} is too small: with the smallest types this model takes {size / 1e6:.2f} MB",
             hint=f"{budget.format}@{-(-size // 10**5) / 10:g}MB or more, or a smaller student",
         )
+    return budget.budget_bytes - size + sum(space.size_bytes(tensor, least[tensor.name]) for tensor in space.tensors)
+
+
+def _choose(
+    options: Mapping[str, Sequence[Option]], room: int, over: Callable[[Mapping[str, str]], int]
+) -> Mapping[str, Option]:
+    """The best choice that fits: what stands between the values of tensors depends on their types too, a little."""
+    least = smallest(options)
+    while True:
+        choice = choose(options, room)
+        excess = over({name: option.type for name, option in choice.items()})
+        if excess <= 0 or room <= least:
+            return choice
+        room = max(least, min(room, sum(option.size_bytes for option in choice.values())) - excess)
 
 
 def pick(
-    costs: Sensitivities, room: int, judge: Callable[[Mapping[str, str]], float], progress: Progress = silent
+    costs: Sensitivities,
+    room: int,
+    judge: Callable[[Mapping[str, str]], float],
+    progress: Progress = silent,
+    over: Callable[[Mapping[str, str]], int] = lambda types: 0,
 ) -> Allocation:
-    """The best of a few choices that fit into ``room`` bytes, by ``judge``, which tells how far a model is off."""
+    """The best of a few choices that fit into ``room`` bytes, by ``judge``, which tells how far a model is off.
+    ``over`` tells by how many bytes a whole file of these types is too large."""
     tried: dict[tuple[str, ...], Allocation] = {}
     for number, power in enumerate(_POWERS):
         options = {
             name: [Option(type_, cost.size_bytes, cost.loss**power) for type_, cost in each.items()]
             for name, each in costs.items()
         }
-        choice = choose(options, room)
+        choice = _choose(options, room, over)
         types = {name: option.type for name, option in choice.items()}
         key = tuple(types.values())
         if key in tried:
@@ -156,14 +189,11 @@ def _options(costs: Sensitivities) -> dict[str, list[Option]]:
 
 def _decoded(space: Space, ruler: Ruler, types: Mapping[str, str]) -> dict[str, Floats]:
     tensors = {tensor.name: tensor for tensor in space.tensors}
-    return {
-        name: space.decoded(tensors[name], type_, ruler.parameters[name].detach().numpy().copy())
-        for name, type_ in types.items()
-    }
+    return {name: space.decoded(tensors[name], type_, ruler.weight(name).copy()) for name, type_ in types.items()}
 
 
 def _note(
-    model: ModelFolder, budget: Budget, found: Allocation, costs: Sensitivities, room: int, built_in: bool
+    model: ModelFolder, budget: Budget, found: Allocation, costs: Sensitivities, room: int, built_in: bool, how: str
 ) -> str:
     """``"60MB budget: 30 q5_0, 12 iq4_nl of 42 matrices, chosen by …"``."""
     counts = Counter(found.types.values())
@@ -171,7 +201,7 @@ def _note(
     listed = ", ".join(
         f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     )
-    note = f"{budget.name} budget: {listed} of {len(found.types)} matrices, rounded with compensation"
+    note = f"{budget.name} budget: {listed} of {len(found.types)} matrices, {how}"
     if found.size_bytes >= largest(_options(costs)) and room >= found.size_bytes:
         note += "; the budget is larger than the best types need"
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from ..grids import dequantise, ggml_grid, ggml_size, quantise
 from ..progress import silent
 from ..quantisation_gguf import FILE_TYPES
-from .allocate_space import Chosen, Tensor
+from .allocate_space import TIED_DAMPING, Chosen, Tensor
 from .compensate import DAMPING, Prepared, prepare
 from .compensate_ggml import encode_ggml, layout_of
 from .gguf_layout import place
@@ -35,27 +36,29 @@ _FLOAT = "f16"
 # Rising in size; where two have the same size, the better one.
 _OF_32 = ("iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0", _FLOAT)
 _OF_256 = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q4_1", "q5_k", "q6_k", "q8_0", _FLOAT)
-# An output layer that is the embedding too is also looked up: less is compensated, for what is right for one use is an
-# error for the other. Of 0.01, 0.1 and 1, 0.1 was best on SmolLM2 (0.0112, 0.0101 and 0.0108 nats in Q5_0).
-_TIED_DAMPING = 0.1
 
 
 class GgufSpace:
-    """The matrices of ``model`` whose rows are whole blocks. ``moments`` are those of the inputs of each, by parameter
-    (:mod:`.moments`); a matrix that is in no product, such as an embedding that is only looked up, has none."""
+    """The matrices of ``model`` whose rows are whole blocks."""
 
     recipe = "ggml-compensated-1"
+    how = "rounded with compensation"
 
-    def __init__(self, model: ModelFolder, config: ExportConfig, moments: Mapping[str, Floats]) -> None:
-        self._model, self._config, self._moments = model, config, moments
+    def __init__(self, model: ModelFolder, config: ExportConfig) -> None:
+        self._model, self._config = model, config
+        self._moments: Mapping[str, Floats] = {}
         weights = Weights(model.path)
         self._placed = place(model, {name: weights.shape(name) for name in weights})
         self.tensors = [
-            Tensor(item.name, item.shape, _OF_256 if item.shape[-1] % 256 == 0 else _OF_32)
+            Tensor(item.name, item.stored_shape, _OF_256 if item.stored_shape[-1] % 256 == 0 else _OF_32)
             for item in self._placed
-            if item.is_matrix and len(item.shape) == 2 and item.shape[-1] % 32 == 0 and not item.skip_rows
+            if item.is_matrix and len(item.shape) == 2 and item.stored_shape[-1] % 32 == 0 and not item.skip_rows
         ]
         self._prepared: tuple[tuple[str, int], Prepared] | None = None
+
+    def learn(self, moments: Mapping[str, Floats]) -> None:
+        """See :class:`.allocate_space.Space`."""
+        self._moments = moments
 
     def size_bytes(self, tensor: Tensor, type_: str) -> int:
         """See :class:`.allocate_space.Space`."""
@@ -72,7 +75,7 @@ class GgufSpace:
         key = (name, layout_of(type_).width)
         if self._prepared is None or self._prepared[0] != key:
             moment = self._moments.get(name)
-            damping = _TIED_DAMPING if name == self._model.embeddings_path else DAMPING
+            damping = TIED_DAMPING if name == self._model.embeddings_path else DAMPING
             self._prepared = (key, prepare(np.eye(rows.shape[1]) if moment is None else moment, key[1], damping))
         return encode_ggml(type_, rows, self._prepared[1])
 
@@ -84,10 +87,15 @@ class GgufSpace:
             sizes[type_] += ggml_size(type_, shapes[name])
         most = max(sizes, key=lambda type_: (sizes[type_], type_)) if sizes else _FLOAT
         base = next(name for name, kind in FILE_TYPES.items() if kind.grid == most and not kind.needs_importance)
-        return Chosen(types, self.encode, f"gguf:{base}", note)
+        return Chosen(types, f"gguf:{base}", note, {"encode": self.encode})
 
-    def overhead_bytes(self) -> int:
-        """See :class:`.allocate_space.Space`: measured on a file in float16, which takes no quantising."""
+    def whole_bytes(self, types: Mapping[str, str]) -> int:
+        """See :class:`.allocate_space.Space`."""
+        return self._overhead_bytes + sum(self.size_bytes(tensor, types[tensor.name]) for tensor in self.tensors)
+
+    @cached_property
+    def _overhead_bytes(self) -> int:
+        """What no choice changes: measured on a file in float16, which takes no quantising."""
         from . import gguf
 
         plain = self._config.model_copy(update={"to": f"gguf:{_FLOAT}"})

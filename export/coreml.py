@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from ..artifact import Histogram, StoredTensor, TensorSpec
 from ..errors import Unsupported
 from ..progress import Progress, silent
 from . import coreml_target
-from .coreml_compress import Fallback
+from .coreml_compress import Coder, Fallback
 from .coreml_target import Target
 from .writer import Draft, Weights, context_length
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ..checkpoints import ModelFolder
     from ..recipe import ExportConfig
 
-__all__ = ["ENTRY", "write"]
+__all__ = ["ENTRY", "Converted", "convert", "write"]
 
 ENTRY = "model.mlpackage"
 _LONGEST_CONTEXT = 2048
@@ -41,17 +42,66 @@ def write(
     progress: Progress = silent,
     *,
     types: Mapping[str, str] | None = None,
+    converted: Converted | None = None,
+    coder: Coder | None = None,
 ) -> Draft:
     """Write ``model.mlpackage`` into ``folder``, its matrices stored as ``config`` says.
 
-    ``types`` gives some parameters (names of the model folder) another storage, in the same language. Needs about four
-    times the float32 model in memory. Raises :class:`edgestill.errors.EdgestillError` when coremltools can't convert
+    ``types`` gives some parameters (names of the model folder) another storage, in the same language. ``converted`` is
+    what :func:`convert` made of the same model, and ``coder`` finds the codes. Needs about four times the float32 model
+    in memory. Raises :class:`edgestill.errors.EdgestillError` when coremltools can't convert
     the model or changed its weights, :class:`Unsupported` for a target that is too old for what is asked, and
     :class:`MissingDependency` without coremltools.
     """
-    from ..checkpoints import load_torch
     from ..runtimes.milproto import load_program
     from ..runtimes.payload_coreml import histogram
+    from . import coreml_package
+
+    made = converted or convert(model, config, types or {}, progress)
+    target, tensors = made.target, made.tensors
+    plan = coreml_package.plan_of(made.program, tensors, target.quantisation, types or {})
+    progress(f"{config.variant}: compressing and writing" if plan else f"{config.variant}: writing")
+    package = folder / ENTRY
+    fallbacks = coreml_package.write_package(
+        made.program, package, description=made.description, license=model.license, plan=plan, coder=coder
+    )
+    program = load_program(package)
+    rows = histogram(program)
+    generates = model.task == "text-generation"
+    decoder = _decoder_specs(model, "float32" if target.quantisation.bits == 32 else "float16")
+    inputs, outputs = decoder if generates else _encoder_specs(model, target)
+    return Draft(
+        entry=ENTRY,
+        inputs=inputs,
+        outputs=outputs,
+        shapes=target.shapes,
+        max_length=made.context if generates else target.lengths[-1],
+        contents=_contents(rows, fallbacks, tensors),
+        dtype_histogram=rows,
+        minimum_runtime={"ios": str(target.ios)},
+        kv_cache_bytes_per_token=made.cache_bytes,
+        pooling_in_graph=model.pooling is not None,
+        tensors=coreml_package.with_grids(tensors, program),
+    )
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model as a program with float weights: what coremltools made (``program``), where each parameter lies in it
+    (``tensors``), for whom (``target``, ``context`` tokens), and the cache's bytes a token."""
+
+    program: Any
+    tensors: list[StoredTensor]
+    target: Target
+    context: int
+    cache_bytes: int | None
+    description: str
+
+
+def convert(model: ModelFolder, config: ExportConfig, types: Mapping[str, str], progress: Progress) -> Converted:
+    """``model`` traced and converted, its weights found again. Raises as :func:`write` does."""
+    from ..checkpoints import load_torch
+    from ..runtimes.milproto import load_program
     from . import coreml_convert, coreml_package
 
     if model.task == "token-classification":
@@ -64,7 +114,7 @@ def write(
             hint=f"decoders that have one: {', '.join(able)}; export this one to onnx or gguf",
         )
     context = context_length(model, config, _LONGEST_CONTEXT if generates else None)
-    target = coreml_target.choose(model, config, context, types or {})
+    target = coreml_target.choose(model, config, context, types)
     progress(f"{config.variant}: tracing and converting")
     torch_model = load_torch(model.path)
     used = _parameters(torch_model, model)
@@ -78,30 +128,8 @@ def write(
         )
     del torch_model
     tensors = coreml_package.map_weights(load_program(Path(converted.package_path)), Weights(model.path), used)
-    plan = coreml_package.plan_of(converted, tensors, target.quantisation, types or {})
-    progress(f"{config.variant}: compressing and writing" if plan else f"{config.variant}: writing")
-    package = folder / ENTRY
-    fallbacks = coreml_package.write_package(
-        converted, package, description=f"{model.task}, {config.quantisation}, by edgestill", license=model.license,
-        plan=plan,
-    )  # fmt: skip
-    program = load_program(package)
-    rows = histogram(program)
-    decoder = _decoder_specs(model, "float32" if precision == "float32" else "float16")
-    inputs, outputs = decoder if generates else _encoder_specs(model, target)
-    return Draft(
-        entry=ENTRY,
-        inputs=inputs,
-        outputs=outputs,
-        shapes=target.shapes,
-        max_length=context if generates else target.lengths[-1],
-        contents=_contents(rows, fallbacks, tensors),
-        dtype_histogram=rows,
-        minimum_runtime={"ios": str(target.ios)},
-        kv_cache_bytes_per_token=cache,
-        pooling_in_graph=model.pooling is not None,
-        tensors=coreml_package.with_grids(tensors, program),
-    )
+    description = f"{model.task}, {config.quantisation}, by edgestill"
+    return Converted(converted, tensors, target, context, cache, description)
 
 
 def _contents(rows: Mapping[str, Histogram], fallbacks: Sequence[Fallback], tensors: Sequence[StoredTensor]) -> str:

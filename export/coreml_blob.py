@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BlobWriter", "pack_bits"]
+__all__ = ["BlobCounter", "BlobWriter", "pack_bits"]
 
 _ALIGNMENT = 64
 _SENTINEL = 0xDEADBEEF
@@ -58,6 +58,20 @@ class BlobWriter:
         self._file.write(data)
         self._file.write(bytes(-len(data) % _ALIGNMENT))
         self._count += 1
+        return offset
+
+
+class BlobCounter:
+    """A :class:`BlobWriter` that counts the bytes of its file, ``size_bytes``, and writes none."""
+
+    def __init__(self) -> None:
+        self.size_bytes = _ALIGNMENT
+
+    def write(self, array: npt.NDArray[Any], dtype: str) -> int:
+        """The offset that ``array`` would get."""
+        data = -(-array.size * _DTYPES[dtype][1] // 8)
+        offset = self.size_bytes
+        self.size_bytes += _ALIGNMENT + data + -data % _ALIGNMENT
         return offset
 
 

@@ -16,18 +16,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..coreml_grids import largest_weights, quantise_blocks, quantise_palette
+from ..coreml_grids import Blocks, Mask, Palette, largest_weights, quantise_blocks, quantise_palette
 from ..quantisation_coreml import CoremlQuantisation
 from ..runtimes.milproto import BlobFile, mil_messages
-from .coreml_blob import BlobWriter, pack_bits
+from .coreml_blob import BlobCounter, BlobWriter, pack_bits
 
-__all__ = ["SMALLEST", "WEIGHT_FILE", "Fallback", "compress", "compressible"]
+__all__ = ["SMALLEST", "WEIGHT_FILE", "Coder", "Fallback", "compress", "compressed_bytes", "compressible", "fitting"]
 
 WEIGHT_FILE = "@model_path/weights/weight.bin"
 SMALLEST = 2048
 """Tensors of no more weights gain nothing."""
 
 Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
 # Which argument of an operation is a weight that Core ML decompresses as it computes.
 _WEIGHTS = {"linear": "weight", "gather": "x"}
 
@@ -62,37 +63,79 @@ def compressible(spec: Any) -> set[str]:
     }
 
 
-def compress(spec: Any, source: Path, target: Path, plan: Mapping[str, CoremlQuantisation]) -> list[Fallback]:
+class Coder:
+    """How codes are found for the weight of the constant ``name``: each value rounded to the nearest."""
+
+    def blocks(self, name: str, weight: Floats, bits: int, block: int, mask: Mask | None) -> Blocks | None:
+        """See :func:`edgestill.coreml_grids.quantise_blocks`."""
+        return quantise_blocks(weight, bits=bits, block=block, mask=mask)
+
+    def palette(self, name: str, weight: Floats, bits: int, group: int, mask: Mask | None) -> Palette:
+        """See :func:`edgestill.coreml_grids.quantise_palette`."""
+        return quantise_palette(weight, bits=bits, group=group, mask=mask)
+
+
+class _Sketch(Coder):
+    """Codes of the right shape, not searched."""
+
+    def blocks(self, name: str, weight: Floats, bits: int, block: int, mask: Mask | None) -> Blocks | None:
+        scales = np.broadcast_to(np.float16(0), (len(weight), weight.shape[1] // (block or weight.shape[1])))
+        return Blocks(np.broadcast_to(np.int8(0), weight.shape), scales)
+
+    def palette(self, name: str, weight: Floats, bits: int, group: int, mask: Mask | None) -> Palette:
+        tables = np.broadcast_to(np.float16(0), (len(weight) // (group or len(weight)), 1 << bits))
+        return Palette(np.broadcast_to(np.uint8(0), weight.shape), tables)
+
+
+def compress(
+    spec: Any, source: Path, target: Path, plan: Mapping[str, CoremlQuantisation], coder: Coder | None = None
+) -> list[Fallback]:
     """Rewrite the ``Model`` message ``spec``, whose arrays lie in ``source``, so that they lie in ``target``, the
-    constants that ``plan`` names as it says. Returns what had to be stored otherwise."""
+    constants that ``plan`` names as it says, codes found by ``coder``. Returns what had to be stored otherwise."""
+    with BlobWriter(target) as writer:
+        return _rewrite(spec, source, writer, plan, coder or Coder())
+
+
+def compressed_bytes(spec: Any, source: Path, plan: Mapping[str, CoremlQuantisation]) -> int:
+    """Bytes of the weight file that :func:`compress` would write, if no weight falls back; ``spec`` is rewritten as
+    there. Nothing is rounded: it takes the time of reading."""
+    counter = BlobCounter()
+    _rewrite(spec, source, counter, plan, _Sketch())
+    return counter.size_bytes
+
+
+def _rewrite(
+    spec: Any, source: Path, writer: BlobWriter | BlobCounter, plan: Mapping[str, CoremlQuantisation], coder: Coder
+) -> list[Fallback]:
     blobs, fallbacks = BlobFile(source), []
     block = _block(spec)
-    with BlobWriter(target) as writer:
-        pen = _Pen(writer, new=_opset(spec) >= 8)
-        done: list[Any] = []
-        for operation in block.operations:
-            name = operation.outputs[0].name if operation.outputs else ""
-            if operation.type == "const" and name in plan:
-                kind, shape = _dtype(operation.outputs[0].type), _shape(operation.outputs[0].type)
-                array = blobs.array(operation.attributes["val"].blobFileValue.offset, kind, shape)
-                coder = _Coder(pen, name, operation.outputs[0].type, kind, np.asarray(array, np.float32), plan[name])
-                done += coder.operations() or [_moved(operation, blobs, pen)]
-                if coder.fallback:
-                    fallbacks.append(coder.fallback)
-            else:
-                done.append(_moved(operation, blobs, pen))
+    pen = _Pen(writer, new=_opset(spec) >= 8)
+    done: list[Any] = []
+    for operation in block.operations:
+        name = operation.outputs[0].name if operation.outputs else ""
+        if operation.type == "const" and name in plan:
+            kind, shape = _dtype(operation.outputs[0].type), _shape(operation.outputs[0].type)
+            array = blobs.array(operation.attributes["val"].blobFileValue.offset, kind, shape)
+            weight = _Weight(
+                pen, coder, name, operation.outputs[0].type, kind, np.asarray(array, np.float32), plan[name]
+            )
+            done += weight.operations() or [_moved(operation, blobs, pen)]
+            if weight.fallback:
+                fallbacks.append(weight.fallback)
+        else:
+            done.append(_moved(operation, blobs, pen))
     del block.operations[:]
     block.operations.extend(done)
     return fallbacks
 
 
-class _Coder:
+class _Weight:
     """One weight and how it is to be stored."""
 
     def __init__(
-        self, pen: _Pen, name: str, kind: Any, dtype: str, weight: npt.NDArray[np.float32], asked: CoremlQuantisation
+        self, pen: _Pen, coder: Coder, name: str, kind: Any, dtype: str, weight: Floats, asked: CoremlQuantisation
     ) -> None:
-        self._pen, self._name, self._kind, self._dtype = pen, name, kind, dtype
+        self._pen, self._coder, self._name, self._kind, self._dtype = pen, coder, name, kind, dtype
         self._weight, self._asked = weight, asked
         self._mask = largest_weights(weight, asked.sparsity) if asked.sparsity else None
         self.fallback: Fallback | None = None
@@ -115,7 +158,7 @@ class _Coder:
             bits = bits if block else 8
             stored = f"int{bits}-b{block}" if block else "int8-channel"
             self._note(stored, f"blocks of {self._asked.block} do not divide rows of {columns}")
-        grid = quantise_blocks(self._weight, bits=bits, block=block, mask=self._mask)
+        grid = self._coder.blocks(self._name, self._weight, bits, block, self._mask)
         if grid is None:
             self._note("float16", "its scales would be too small for float16")
             return self._sparse() if self._mask is not None else []
@@ -145,7 +188,7 @@ class _Coder:
         if group != self._asked.group:
             stored = f"pal{bits}" + (f"-g{group}" if group else "")
             self._note(stored, f"groups of {self._asked.group} do not divide {rows} rows")
-        grid = quantise_palette(self._weight, bits=bits, group=group, mask=self._mask)
+        grid = self._coder.palette(self._name, self._weight, bits, group, self._mask)
         tables, name, pen = grid.tables.astype(self._dtype), f"uint{bits}", self._pen
         wide = tables[:, None, :, None]  # [groups, 1, 2**bits, 1]: one for all columns, single values
         if self._mask is not None:
@@ -197,7 +240,7 @@ def fitting(count: int, asked: int) -> int:
 class _Pen:
     """Writes messages: arrays go to the weight file. ``new``: in the manner of iOS 18."""
 
-    def __init__(self, writer: BlobWriter, *, new: bool) -> None:
+    def __init__(self, writer: BlobWriter | BlobCounter, *, new: bool) -> None:
         self._messages = mil_messages()
         self._writer = writer
         self.new = new

@@ -19,11 +19,11 @@ from ..files import hash_file
 from ..quantisation_coreml import CoremlQuantisation
 from ..runtimes.mil.program import Constant, Program
 from ..runtimes.payload_coreml import grid_of, stored_weights
-from .coreml_compress import Fallback, compress, compressible
+from .coreml_compress import Coder, Fallback, compress, compressed_bytes, compressible
 from .coreml_target import quantisation_of
 from .writer import Weights
 
-__all__ = ["map_weights", "plan_of", "with_grids", "write_package"]
+__all__ = ["map_weights", "package_bytes", "plan_of", "with_grids", "write_package"]
 
 _AUTHOR = "com.apple.CoreML"
 _MODEL, _WEIGHTS = "model.mlmodel", "weights"
@@ -38,34 +38,53 @@ def write_package(
     description: str,
     license: str | None,
     plan: Mapping[str, CoremlQuantisation] | None = None,
+    coder: Coder | None = None,
 ) -> list[Fallback]:
     """Save the coremltools ``model`` as ``package``, without dates, and with item ids made from the content; constants
-    that ``plan`` names are compressed, and what could not be is returned.
+    that ``plan`` names are compressed (codes by ``coder``), and what could not be is returned.
 
     A package saved by coremltools carries the day of the conversion and two random UUIDs. The temporary package that
     coremltools made is deleted.
     """
+    spec = _described(model, description, license)
+    data = package / "Data" / _AUTHOR
+    (data / _WEIGHTS).mkdir(parents=True)
+    weights = Path(model.weights_dir) / "weight.bin"
+    fallbacks = compress(spec, weights, data / _WEIGHTS / "weight.bin", plan or {}, coder)
+    (data / _MODEL).write_bytes(spec.SerializeToString(deterministic=True))
+    shutil.rmtree(model.package_path, ignore_errors=True)
+    manifest = _manifest(hash_file(data / _MODEL), hash_file(data / _WEIGHTS / "weight.bin"))
+    (package / "Manifest.json").write_text(manifest, encoding="utf-8")
+    return fallbacks
+
+
+def package_bytes(model: Any, *, description: str, license: str | None, plan: Mapping[str, CoremlQuantisation]) -> int:
+    """Bytes of the package that :func:`write_package` would make, if no weight falls back; nothing is written."""
+    spec = _described(model, description, license)
+    weights = compressed_bytes(spec, Path(model.weights_dir) / "weight.bin", plan)
+    return weights + len(spec.SerializeToString(deterministic=True)) + len(_manifest("0" * 32, "1" * 32))
+
+
+def _described(model: Any, description: str, license: str | None) -> Any:
     spec = model.get_spec()
     metadata = spec.description.metadata
     for key in _VOLATILE:
         metadata.userDefined.pop(key, None)
     metadata.shortDescription = description
     metadata.license = license or ""
-    data = package / "Data" / _AUTHOR
-    (data / _WEIGHTS).mkdir(parents=True)
-    weights = Path(model.weights_dir) / "weight.bin"
-    fallbacks = compress(spec, weights, data / _WEIGHTS / "weight.bin", plan or {})
-    (data / _MODEL).write_bytes(spec.SerializeToString(deterministic=True))
-    shutil.rmtree(model.package_path, ignore_errors=True)
+    return spec
+
+
+def _manifest(program: str, weights: str) -> str:
+    """``Manifest.json`` of a program and a weight file with these hashes."""
     items = {}
-    for name, text in ((_MODEL, "CoreML Model Specification"), (_WEIGHTS, "CoreML Model Weights")):
-        content = data / name if name == _MODEL else data / name / "weight.bin"
-        key = str(uuid.UUID(hash_file(content)[:32])).upper()
+    parts = ((_MODEL, program, "CoreML Model Specification"), (_WEIGHTS, weights, "CoreML Model Weights"))
+    for name, digest, text in parts:
+        key = str(uuid.UUID(digest[:32])).upper()
         items[key] = {"author": _AUTHOR, "description": text, "name": name, "path": f"{_AUTHOR}/{name}"}
     root = next(key for key, item in items.items() if item["name"] == _MODEL)
     manifest = {"fileFormatVersion": "1.0.0", "itemInfoEntries": items, "rootModelIdentifier": root}
-    (package / "Manifest.json").write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n", encoding="utf-8")
-    return fallbacks
+    return json.dumps(manifest, indent=4, sort_keys=True) + "\n"
 
 
 def map_weights(program: Program, weights: Weights, used: Iterable[str]) -> list[StoredTensor]:

@@ -28,9 +28,9 @@ Floats = npt.NDArray[np.float32]
 
 
 def linear_names(root: Any) -> dict[str, str]:
-    """Module -> parameter name of the weight of every ``nn.Linear`` of ``root``; a head that is tied to the embedding
-    goes by the embedding's name, as in a model folder."""
-    return {name: parameter for name, (parameter, _) in matrices(root, ("Linear",)).items()}
+    """Module -> parameter name of the weight of every linear layer of ``root`` (GPT-2 calls it ``Conv1D``); a head that
+    is tied to the embedding goes by the embedding's name, as in a model folder."""
+    return {name: parameter for name, (parameter, _) in matrices(root, ("Linear", "Conv1D")).items()}
 
 
 def batches(inputs: Inputs, batch_size: int) -> Iterator[tuple[Any, Any]]:

@@ -27,10 +27,10 @@ from .writer import Draft, context_length
 
 if TYPE_CHECKING:
     from ..recipe import ExportConfig
-    from .onnx_moments import Moments
+    from .onnx_graph import InputMoments
     from .onnx_static import StaticPlan
 
-__all__ = ["IR_VERSION", "OPSET", "write"]
+__all__ = ["IR_VERSION", "OPSET", "draw", "write"]
 
 OPSET = 18
 IR_VERSION = 9
@@ -45,14 +45,16 @@ def write(
     *,
     types: Mapping[str, str] | None = None,
     static: StaticPlan | None = None,
+    moments: InputMoments | None = None,
     external_bytes: int = EXTERNAL_BYTES,
 ) -> Draft:
     """Write ``folder/model.onnx`` (and ``model.onnx.data`` above ``external_bytes``) and say what is in it.
 
     ``types`` maps parameter names to names of this format's language, where a matrix is to be stored otherwise than
     ``config`` says. ``static`` is the plan of ``int8-static``, made now from ``calibration`` if it is not given. Error
-    compensation (``-gptq``) needs ``calibration`` text. Raises :class:`Unsupported` for a model that has no ONNX graph
-    of ours, :class:`UsageError` for compensation without text or types that don't fit.
+    compensation (``-gptq``) needs ``calibration`` text, or ``moments`` that were measured already. Raises
+    :class:`Unsupported` for a model that has no ONNX graph of ours, :class:`UsageError` for compensation without text
+    or types that don't fit.
     """
     try:
         import onnx  # noqa: F401
@@ -75,7 +77,7 @@ def write(
 
         static = plan_static(model, calibration=calibration, progress=progress)
     scheme = scheme_of(wanted, model.task, {**(static.types if static else {}), **(types or {})})
-    moments = _moments(model, config, scheme, calibration, progress)
+    moments = moments or _moments(model, config, scheme, calibration, progress)
     spool = Spool(folder)
     try:
         progress(f"{config.variant}: writing the graph", 0.0)
@@ -85,19 +87,9 @@ def write(
                 raise UsageError(f"types: {name!r} is no parameter of this model", hint=nearest(name, list(weights)))
         grids = static.grids if static else {}
         graph = (PortableGraph if wanted.portable else Graph)(weights, scheme, spool, moments, grids)
-        kv_bytes = None
-        if model.task == "text-generation":
-            from .onnx_decoder import build_decoder
-
-            inputs, outputs, kv_bytes = build_decoder(graph, model, length, kv_cache=config.kv_cache)
-        elif model.task in ENCODER_TASKS:
-            from .onnx_encoder import build_encoder
-
-            inputs, outputs = build_encoder(graph, model, length)
-        else:
-            raise Unsupported(f"ONNX: no writer for the task {model.task!r}", hint="export another format")
+        shell, inputs, outputs, kv_bytes = draw(graph, model, config, length)
         target = folder / "model.onnx"
-        spool.write(_shell(graph, inputs, outputs, wanted.portable), target, external_bytes=external_bytes)
+        spool.write(shell, target, external_bytes=external_bytes)
     finally:
         spool.close()
     if model.task == "text-generation":
@@ -122,9 +114,28 @@ def write(
     )  # fmt: skip
 
 
+def draw(
+    graph: Graph, model: ModelFolder, config: ExportConfig, length: int
+) -> tuple[Any, Sequence[TensorSpec], Sequence[TensorSpec], int | None]:
+    """The whole model added to ``graph``, as a ``ModelProto`` without weights (they are in the graph's spool); inputs,
+    outputs and the cache's bytes a token."""
+    kv_bytes = None
+    if model.task == "text-generation":
+        from .onnx_decoder import build_decoder
+
+        inputs, outputs, kv_bytes = build_decoder(graph, model, length, kv_cache=config.kv_cache)
+    elif model.task in ENCODER_TASKS:
+        from .onnx_encoder import build_encoder
+
+        inputs, outputs = build_encoder(graph, model, length)
+    else:
+        raise Unsupported(f"ONNX: no writer for the task {model.task!r}", hint="export another format")
+    return _shell(graph, inputs, outputs, isinstance(graph, PortableGraph)), inputs, outputs, kv_bytes
+
+
 def _moments(
     model: ModelFolder, config: ExportConfig, scheme: Scheme, calibration: Sequence[str], progress: Progress
-) -> Moments | None:
+) -> InputMoments | None:
     if all(kind.fit != "gptq" for kind in scheme.kinds()):
         return None
     if not calibration:

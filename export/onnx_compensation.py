@@ -15,7 +15,7 @@ from ..grids import Affine, dequantise_affine
 from .compensate import DAMPING, feed_back, output_error
 from .onnx_schemes import Kind
 
-__all__ = ["compensate", "damp", "fit", "search"]
+__all__ = ["compensate", "damp", "fit", "in_half", "search"]
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -36,7 +36,7 @@ def fit(weight: Floats, kind: Kind, block: int, moment: Floats | None, *, most: 
         wide = np.zeros((weight.shape[1],) * 2, np.float64)
         wide[: len(moment), : len(moment)] = moment
         importance = np.diag(wide).astype(np.float32)
-    half = kind.half_scales and _in_half(float(np.abs(weight).max(initial=0.0)) if most is None else most, kind)
+    half = kind.half_scales and in_half(float(np.abs(weight).max(initial=0.0)) if most is None else most, kind)
     shrinks = _WHOLE if kind.bits == 8 or kind.fit == "nearest" else _SHRINKS
     found = search(
         weight, bits=kind.bits, block=block, symmetric=kind.symmetric, importance=importance, half=half, shrinks=shrinks
@@ -44,8 +44,9 @@ def fit(weight: Floats, kind: Kind, block: int, moment: Floats | None, *, most: 
     return found if wide is None else compensate(weight, wide, found)
 
 
-def _in_half(most: float, kind: Kind) -> bool:
-    """Rounding a scale to float16 moves no weight by more than half a step of the tensor's coarsest block."""
+def in_half(most: float, kind: Kind) -> bool:
+    """Whether scales of a tensor with weights up to ``most`` are float16 numbers: where that moves no weight by more
+    than half a step of the coarsest block."""
     return most / (1 << kind.bits) > 2**-18 and most < 60_000
 
 

@@ -9,6 +9,7 @@ documentation; field numbers: onnx.proto.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["EXTERNAL_BYTES", "Spool", "varint"]
+__all__ = ["EXTERNAL_BYTES", "Ledger", "Spool", "varint"]
 
 EXTERNAL_BYTES = 1_500_000_000
 """From here on weights stand in a file of their own: protobuf reads no message over 2 GB."""
@@ -73,11 +74,15 @@ class Spool:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / _DATA_FILE
-        self._stream: IO[bytes] = self._path.open("w+b")
         self._entries: dict[str, _Entry] = {}
         self._constants: dict[str, str] = {}
+        self._end = 0
         self._kept = False
+        self._path = folder / _DATA_FILE
+        self._stream: IO[bytes] = self._open()
+
+    def _open(self) -> IO[bytes]:
+        return self._path.open("w+b")
 
     @property
     def size_bytes(self) -> int:
@@ -99,15 +104,21 @@ class Spool:
             raise ValueError(f"tensor {name!r} is stored twice")
         kind = np.dtype(dtype)
         size = math.prod(shape) * kind.itemsize
-        self._stream.write(b"\0" * (-self._stream.tell() % _ALIGN))
-        start = self._stream.tell()
+        start = self._end + -self._end % _ALIGN
+        self._keep(np.zeros(start - self._end, np.uint8), np.dtype(np.uint8))
+        came = 0
         for piece in pieces:
-            ready = np.asarray(piece, kind.newbyteorder("<"), order="C")
-            self._stream.write(ready.data if ready.size else b"")
-        if self._stream.tell() - start != size:
-            raise ValueError(f"tensor {name!r} came as {self._stream.tell() - start} bytes, {size} are {shape}")
+            came += piece.size * kind.itemsize
+            self._keep(piece, kind.newbyteorder("<"))
+        if came != size:
+            raise ValueError(f"tensor {name!r} came as {came} bytes, {size} are {shape}")
+        self._end = start + size
         self._entries[name] = _Entry(name, kind.name, tuple(shape), start, size)
         return name
+
+    def _keep(self, piece: npt.NDArray[Any], kind: np.dtype[Any]) -> None:
+        ready = np.asarray(piece, kind, order="C")
+        self._stream.write(ready.data if ready.size else b"")
 
     def dtype(self, name: str) -> str:
         """The type that a tensor was added with."""
@@ -120,6 +131,21 @@ class Spool:
             self._constants[key] = self.add(f"constant_{len(self._constants)}", array)
         return self._constants[key]
 
+    def file_bytes(self, model: Any, *, external_bytes: int = EXTERNAL_BYTES) -> int:
+        """Bytes that :meth:`write` would make of ``model``, those of the external data included."""
+        external = self.size_bytes > external_bytes
+        shell, _, length = self._parts(model, external)
+        return len(shell) + len(varint(_GRAPH << 3 | 2) + varint(length)) + length + (self._end if external else 0)
+
+    def _parts(self, model: Any, external: bool) -> tuple[bytes, bytes, int]:
+        """The model without its graph, the graph, and the length of the graph with all tensors."""
+        graph = model.graph.SerializeToString(deterministic=True)
+        shell = type(model)()
+        shell.CopyFrom(model)
+        shell.ClearField("graph")
+        length = len(graph) + sum(self._record_bytes(entry, external) for entry in self._entries.values())
+        return shell.SerializeToString(deterministic=True), graph, length
+
     def write(self, model: Any, target: Path, *, external_bytes: int = EXTERNAL_BYTES) -> None:
         """Write ``target``: ``model`` (a ``ModelProto`` whose graph has no initialisers) with the spooled tensors.
 
@@ -127,16 +153,10 @@ class Spool:
         """
         self._stream.flush()
         external = self.size_bytes > external_bytes
-        graph = model.graph.SerializeToString(deterministic=True)
-        shell = type(model)()
-        shell.CopyFrom(model)
-        shell.ClearField("graph")
-        entries = list(self._entries.values())
-        length = len(graph) + sum(self._record_bytes(entry, external) for entry in entries)
+        shell, graph, length = self._parts(model, external)
         with target.open("wb") as out:
-            out.write(shell.SerializeToString(deterministic=True))
-            out.write(varint(_GRAPH << 3 | 2) + varint(length) + graph)
-            for entry in entries:
+            out.write(shell + varint(_GRAPH << 3 | 2) + varint(length) + graph)
+            for entry in self._entries.values():
                 self._write_record(out, entry, external)
         self._stream.close()
         if external:
@@ -171,6 +191,22 @@ class Spool:
     def _record_bytes(self, entry: _Entry, external: bool) -> int:
         message = self._message_bytes(entry, external)
         return 1 + len(varint(message)) + message
+
+
+class Ledger(Spool):
+    """A :class:`Spool` that counts what it is given and keeps nothing: :meth:`file_bytes` without a file."""
+
+    def __init__(self) -> None:
+        super().__init__(Path())
+
+    def _open(self) -> IO[bytes]:
+        return io.BytesIO()
+
+    def _keep(self, piece: npt.NDArray[Any], kind: np.dtype[Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        """There is no file."""
 
 
 def _external(entry: _Entry) -> bytes:

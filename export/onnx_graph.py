@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,7 @@ from .onnx_file import Spool
 from .onnx_schemes import Kind, Role, Scheme, names_with
 from .writer import PIECE_VALUES, Weights
 
-if TYPE_CHECKING:
-    from .onnx_moments import Moments
-
-__all__ = ["MICROSOFT", "Graph", "Kind", "Scheme", "pack_bits"]
+__all__ = ["MICROSOFT", "Graph", "InputMoments", "Kind", "Scheme", "pack_bits"]
 
 MICROSOFT = "com.microsoft"
 
@@ -40,6 +37,13 @@ def pack_bits(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     return np.asarray(codes[..., 0::2] | codes[..., 1::2] << 4, np.uint8)
 
 
+class InputMoments(Protocol):
+    """Second moments of what goes into the matrices of a model (:class:`.onnx_moments.Moments`)."""
+
+    def of(self, name: str) -> Floats | None:
+        """``[K, K]`` of the matrix of parameter ``name``; ``None`` where there is none."""
+
+
 class Graph:
     """Nodes, weights and the weight map of one model in the making.
 
@@ -50,7 +54,7 @@ class Graph:
     """
 
     def __init__(
-        self, weights: Weights, scheme: Scheme, spool: Spool, moments: Moments | None = None,
+        self, weights: Weights, scheme: Scheme, spool: Spool, moments: InputMoments | None = None,
         input_grids: Mapping[str, InputGrid] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         self.weights = weights
@@ -267,7 +271,7 @@ class Graph:
             middles: list[npt.NDArray[np.uint8]] = []
 
             def codes() -> Iterator[npt.NDArray[np.uint8]]:
-                for grid in self._quantised(names, kind, block, moment):
+                for grid in self.quantised(names, kind, block, moment):
                     steps.append(grid.scales)
                     middles.append(grid.zero_points)
                     yield pack_bits(grid.codes.reshape(-1, blocks, block), kind.bits)
@@ -286,7 +290,7 @@ class Graph:
         wide = self.cast(scales, "float32") if self._spool.dtype(scales) == "float16" else scales
         return stored, wide, zeros, (n, k, block)
 
-    def _quantised(self, names: Sequence[str], kind: Kind, block: int, moment: Floats | None) -> Iterator[Affine]:
+    def quantised(self, names: Sequence[str], kind: Kind, block: int, moment: Floats | None) -> Iterator[Affine]:
         """The codes of merged matrices, some rows at a time; with a ``moment`` of all rows at once."""
         most: float | None = None
         if kind.half_scales and moment is None:

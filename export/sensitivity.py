@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -61,20 +61,31 @@ Sensitivities = dict[str, dict[str, Cost]]
 
 
 class Ruler:
-    """The float model with what it says about ``inputs``, and how far it moves when parameters are changed."""
+    """The float model with what it says about ``inputs``, and how far it moves when parameters are changed.
 
-    def __init__(self, model: Any, root: Any, layers: str, task: Task, inputs: Inputs, batch_size: int = 4) -> None:
+    Matrices come and go as ``[out, in]``; ``turned`` names those that the model keeps the other way round.
+    """
+
+    def __init__(
+        self, model: Any, root: Any, layers: str, task: Task, inputs: Inputs, batch_size: int = 4, *,
+        turned: Collection[str] = (),
+    ) -> None:  # fmt: skip
         try:
             import torch
         except ModuleNotFoundError:
             raise MissingDependency.package("torch", "distill") from None
-        self._torch, self._model, self._task = torch, model, task
+        self._torch, self._model, self._task, self._turned = torch, model, task, turned
         self._layers, self._path = list(root.get_submodule(layers)), f"{layers}."
         self._batches = list(batches(inputs, batch_size))
         self.parameters: dict[str, Any] = dict(root.named_parameters(remove_duplicate=False))
         self.tokens = int(inputs.mask.sum())
         self._outputs: list[list[Any]] = []
         self._said = [self._run(index, keep=True) for index in range(len(self._batches))]
+
+    def weight(self, name: str) -> Floats:
+        """A parameter; a view of the model's own."""
+        values: Floats = self.parameters[name].detach().numpy()
+        return values.T if name in self._turned else values
 
     def layer_of(self, name: str) -> int:
         """The layer that a parameter is in; 0 for one outside: everything is computed again then."""
@@ -129,7 +140,8 @@ class Ruler:
         try:
             with torch.no_grad():
                 for name, values in changed.items():
-                    self.parameters[name].copy_(torch.from_numpy(values))
+                    stored = torch.from_numpy(values)
+                    self.parameters[name].copy_(stored.T if name in self._turned else stored)
             yield
         finally:
             with torch.no_grad():
@@ -223,7 +235,7 @@ def _rounded(
     space: Space, ruler: Ruler, moments: Mapping[str, Floats], tensor: Tensor, type_: str
 ) -> tuple[Floats, float]:
     """The tensor in a type, and its output error."""
-    weight = ruler.parameters[tensor.name].detach().numpy()
+    weight = ruler.weight(tensor.name)
     now = space.decoded(tensor, type_, weight)
     moment = moments.get(tensor.name)
     change = now - weight
