@@ -166,9 +166,11 @@ def test_replaying_layers_changes_nothing(tiny_llama: Path, texts: Texts) -> Non
 
 @pytest.mark.whole
 def test_an_encoder_and_a_classifier_have_budgets_too(
-    tiny_bert: Path, tiny_classifier: Path, sentences: list[str], tmp_path: Path
+    tiny_bert: Path, tiny_classifier: Path, tiny_gpt2: Path, sentences: list[str], tmp_path: Path
 ) -> None:
-    for model in (tiny_bert, tiny_classifier):
+    """GPT-2's matrices lie the other way round in its folder."""
+    sentences = [" ".join(sentences[at : at + 3]) for at in range(0, 180, 3)]
+    for model in (tiny_bert, tiny_classifier, tiny_gpt2):
         top = export(model, tmp_path / f"{model.name}-q8", ExportConfig(to="gguf:q8_0")).model_bytes
         size = int(top * 0.97)
         artifact = export(

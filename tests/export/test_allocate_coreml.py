@@ -49,7 +49,7 @@ def test_a_size_learnt_without_writing_is_the_one_written(target: str, wide_bert
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("model", ["tiny_bert", "tiny_llama"])
+@pytest.mark.parametrize("model", ["wide_bert", "tiny_llama"])
 def test_the_package_fits_and_passes_verification(
     model: str, sentences: list[str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -62,7 +62,7 @@ def test_the_package_fits_and_passes_verification(
     assert 0.97 * size <= artifact.model_bytes <= size
     assert "matrices, codes of 4 bits rounded with compensation" in artifact.manifest.contents
     assert len(artifact.manifest.dtype_histogram) > 2
-    step = 1 if model == "tiny_bert" else 8
+    step = 1 if model == "wide_bert" else 8
     texts = [" ".join(sentences[at : at + step]) for at in range(150, 190, step)]
     reference = make_reference(folder, tmp_path / "reference", texts=texts, window=48, limit=400, threads=1)
     verdict = verify(
