@@ -17,6 +17,7 @@ from edgestill.export.allocate_onnx import OnnxSpace
 from edgestill.export.onnx import write
 from edgestill.export.onnx_file import Spool
 from edgestill.recipe import ExportConfig
+from edgestill.runtimes.transports.local import LocalWorker
 
 MODELS = ("tiny_llama", "tiny_gpt2", "tiny_bert", "tiny_tagger")
 
@@ -78,3 +79,20 @@ def test_the_file_fits_and_passes_verification(
         options=VerifyOptions(threads=1, decode_tokens=4),
     )  # fmt: skip
     assert verdict.passed, [check for check in verdict.checks if not check.passed]
+
+
+@pytest.mark.whole
+def test_it_loses_less_than_one_type_of_the_same_size(tiny_llama: Path, sentences: list[str], tmp_path: Path) -> None:
+    joined = [" ".join(sentences[at : at + 5]) for at in range(0, 200, 5)]
+    config = ExportConfig(to="onnx:int4-pure-gptq")
+    plain = export(tiny_llama, tmp_path / "plain", config, calibration=joined[:20])
+    mixed = _budget(tiny_llama, tmp_path / "mixed", plain.model_bytes, sentences)
+    assert mixed.model_bytes <= plain.model_bytes
+    reference = make_reference(
+        tiny_llama, tmp_path / "reference", texts=joined[30:], window=64, limit=600, threads=1
+    )  # fmt: skip
+    losses = []
+    for artifact in (plain, mixed):
+        with LocalWorker(artifact.path) as worker:
+            losses.append(float(np.mean(worker.score(reference, 4)["kl"])))
+    assert losses[1] < losses[0]
