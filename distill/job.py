@@ -165,6 +165,8 @@ def prepare(
     texts = data.split("train")
     check_teachers(folder, others, config, texts[:200] or list(itertools.islice(data.stream or (), 200)))
     prefix, tokenizer = folder.prompt_prefix, vocabulary.tokenizer
+    if folder.labels and list(losses) == ["cross_entropy"]:
+        texts = []  # without a teacher, a text without a label has nothing to say
     labels, tags = [NO_LABEL] * len(texts), list[tuple[int, ...]]()
     if "cross_entropy" in losses and folder.task == "text-classification":
         for text, label in _labelled(folder, data.tasks):

@@ -118,13 +118,15 @@ def test_labels_are_learnt(tagger: Path, tmp_path: Path, tagged: DataSets):
     from edgestill.runtimes.session import SessionOptions
     from edgestill.runtimes.torch_session import TorchSession
 
-    result = _run(tagger, tmp_path, tagged, _config({"cross_entropy": 1.0}, epochs=3.0, learning_rate=1e-2))
+    result = _run(tagger, tmp_path, tagged, _config({"cross_entropy": 1.0}, epochs=6.0, learning_rate=1e-2))
     reference = make_task_reference(tagger, tmp_path / "said", tagged.tagged[0], max_length=32, threads=1)
     found = {}
     for name, folder in (("teacher", tagger), ("student", result.path)):
         session = TorchSession(folder, SessionOptions(1))
         estimates = task_estimates(score(session, reference)["logits"], reference)
         found[name] = {estimate.metric: estimate.summary.value for estimate in estimates}
+    labelled = load_tokenizer(tagger)([" ".join(words) for words, _ in tagged.tagged[0].train])["input_ids"]
+    assert result.tokens_seen == pytest.approx(6 * sum(map(len, labelled)), rel=0.1)  # no text without a label
     assert found["student"]["f1"] > 0.9 > found["teacher"]["f1"]
     assert found["student"]["accuracy"] > 0.95 > found["teacher"]["accuracy"]
 
