@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ..artifact import Artifact
-from ..runtimes.mil.program import Constant, Operation, ValueType
+from ..runtimes.mil.program import Constant, Operation, ValueType, walk
 from ..runtimes.milproto import load_program
 from ..runtimes.payload_coreml import stored_bytes, stored_weights
 from .traffic import Traffic
@@ -23,8 +23,8 @@ def coreml_traffic(artifact: Artifact) -> Traffic:
     sizes = {name: stored_bytes(stored, program) for name, stored in weights.items()}
     shapes = {name: _shape(stored) for name, stored in weights.items()}
     types = {**program.inputs, **program.states}
-    types |= {name: kind for operation in program.operations for name, kind in operation.outputs}
-    origin = {o.outputs[0][0]: _first(o, "x") for o in program.operations if o.kind in _FORMS and o.outputs}
+    types |= {name: kind for operation in walk(program.operations) for name, kind in operation.outputs}
+    origin = {o.outputs[0][0]: _first(o, "x") for o in walk(program.operations) if o.kind in _FORMS and o.outputs}
 
     def source(name: str) -> str:
         while name in origin and name not in weights:
@@ -33,7 +33,7 @@ def coreml_traffic(artifact: Artifact) -> Traffic:
 
     body = head = pairs = rows = read = 0
     counted: set[str] = set()
-    for operation in program.operations:
+    for operation in walk(program.operations):
         if operation.kind in _FORMS or operation.kind.startswith("constexpr_"):
             continue
         names = [source(a) for group in operation.inputs.values() for a in group if isinstance(a, str)]

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..errors import BadInput, MissingDependency, Unsupported
 from ..files import read_json, safe_join
-from .mil.program import NUMPY_DTYPES, Array, Constant, Operation, Program, ValueType
+from .mil.program import NUMPY_DTYPES, Array, Block, Constant, Operation, Program, ValueType
 
 __all__ = [
     "COREMLTOOLS_MAJOR",
@@ -36,6 +36,7 @@ __all__ = [
 COREMLTOOLS_MAJOR = 9
 _HINT = "export it again"
 _SENTINEL = 0xDEADBEEF
+_DEEPEST = 32  # blocks in blocks
 _BITS = {"int4": 4, "uint1": 1, "uint2": 2, "uint3": 3, "uint4": 4, "uint6": 6}
 # BlobDataType of StorageFormat.hpp.
 _BLOB_DTYPES = {
@@ -155,22 +156,31 @@ class _Reader:
             else:
                 inputs[item.name] = self._type(item.type)
         block = function.block_specializations[function.opset]
-        constants, operations = {}, []
-        for operation in block.operations:
-            if operation.blocks:
-                raise Unsupported(f"operation {operation.type} has a nested block", hint="export without control flow")
-            if operation.type == "const":
-                constants[operation.outputs[0].name] = self._value(operation.attributes["val"])
-            else:
-                operations.append(self._operation(operation))
+        self._constants: dict[str, Constant] = {}
+        operations = self._operations(block, 0)
         types = {name: kind for operation in operations for name, kind in operation.outputs}
         outputs = tuple(block.outputs)
         return Program(
-            inputs, states, constants, tuple(operations), outputs, function.opset, model.specificationVersion,
+            inputs, states, self._constants, operations, outputs, function.opset, model.specificationVersion,
             {name: types[name] for name in outputs if name in types},
         )  # fmt: skip
 
-    def _operation(self, message: Any) -> Operation:
+    def _operations(self, block: Any, depth: int) -> tuple[Operation, ...]:
+        """The operations of a block; its constants go to those of the function."""
+        if depth > _DEEPEST:
+            raise Unsupported(f"blocks in blocks, {depth} deep", hint="export with less control flow")
+        operations = []
+        for operation in block.operations:
+            if operation.type == "const":
+                name = operation.outputs[0].name
+                if name in self._constants:
+                    raise Unsupported(f"two constants are called {name}", hint=_HINT)
+                self._constants[name] = self._value(operation.attributes["val"])
+            else:
+                operations.append(self._operation(operation, depth))
+        return tuple(operations)
+
+    def _operation(self, message: Any, depth: int) -> Operation:
         arguments: dict[str, tuple[str | Constant, ...]] = {
             parameter: tuple(
                 item.name if item.WhichOneof("binding") == "name" else self._value(item.value)
@@ -185,7 +195,15 @@ class _Reader:
             else:  # constexpr operations of iOS 16 carry their arrays as attributes
                 arguments[key] = (self._value(value),)
         outputs = tuple((item.name, self._type(item.type)) for item in message.outputs)
-        return Operation(message.type, name, arguments, outputs)
+        blocks = tuple(
+            Block(
+                tuple((item.name, self._type(item.type)) for item in block.inputs),
+                self._operations(block, depth + 1),
+                tuple(block.outputs),
+            )
+            for block in message.blocks
+        )
+        return Operation(message.type, name, arguments, outputs, blocks)
 
     def _type(self, message: Any) -> ValueType:
         if message.WhichOneof("type") != "tensorType":

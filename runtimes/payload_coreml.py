@@ -13,7 +13,7 @@ from ..artifact import Artifact, Histogram, StoredTensor
 from ..coreml_grids import Palette, dequantise_palette
 from ..errors import BadInput, Unsupported
 from ..grids import Affine, dequantise_affine
-from .mil.program import Constant, Operation, Program
+from .mil.program import Constant, Operation, Program, walk
 from .milproto import load_program
 
 __all__ = ["CoremlPayload", "grid_of", "histogram", "stored_bytes", "stored_weights", "weight_values"]
@@ -62,7 +62,7 @@ def stored_weights(program: Program) -> Iterator[tuple[str, Stored]]:
     """(name, constant or dequantising operation) of everything that operations compute with."""
     inside = {
         argument
-        for operation in program.operations
+        for operation in walk(program.operations)
         if operation.kind.startswith("constexpr_")
         for arguments in operation.inputs.values()
         for argument in arguments
@@ -71,7 +71,7 @@ def stored_weights(program: Program) -> Iterator[tuple[str, Stored]]:
     for name, constant in program.constants.items():
         if name not in inside:
             yield name, constant
-    for operation in program.operations:
+    for operation in walk(program.operations):
         if operation.kind.startswith("constexpr_") and not inside & {name for name, _ in operation.outputs}:
             yield operation.outputs[0][0], operation
 
@@ -85,7 +85,7 @@ def _part(operation: Operation, parameter: str, program: Program) -> Constant | 
         return found
     if found in program.constants:
         return program.constants[found]
-    return next((o for o in program.operations if found in {name for name, _ in o.outputs}), None)
+    return next((o for o in walk(program.operations) if found in {name for name, _ in o.outputs}), None)
 
 
 def _required(operation: Operation, parameter: str, program: Program) -> Constant:

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from ..profiling import Row, RowTable
-from .program import Operation, Program
+from .program import Operation, Program, walk
 
 __all__ = ["CostRecorder", "operation_flops"]
 
 _ITEM_BYTES = {"float16": 2, "float32": 4, "int32": 4, "bool": 1, "int16": 2, "uint16": 2, "int8": 1, "uint8": 1}
 # No value is moved or made.
-_FREE = ("reshape", "expand_dims", "squeeze", "identity", "shape", "read_state", "const")
+_FREE = ("reshape", "expand_dims", "squeeze", "identity", "shape", "read_state", "const", "cond", "while_loop")
 # Values are moved, nothing is computed.
 _MOVES = (
     "transpose", "concat", "split", "slice_by_index", "slice_by_size", "slice_update", "gather", "gather_nd", "tile",
@@ -36,9 +36,9 @@ def operation_flops(kind: str, arguments: Mapping[str, Any], result: Any) -> int
     >>> operation_flops("linear", {"x": x, "weight": w}, np.zeros((1, 5, 3)))
     240
     """
-    size = int(np.size(result))
     if kind in _FREE or kind in _MOVES:
         return 0
+    size = int(np.size(result))
     match kind:
         case "linear":
             return 2 * size * int(arguments["weight"].shape[1]) + (size if "bias" in arguments else 0)
@@ -76,7 +76,7 @@ class CostRecorder:
         self._phase = ""
         self._stored = stored
         self._types = {name: kind.dtype for name, kind in {**program.inputs, **program.states}.items()}
-        self._types |= {name: kind.dtype for operation in program.operations for name, kind in operation.outputs}
+        self._types |= {name: kind.dtype for operation in walk(program.operations) for name, kind in operation.outputs}
 
     def watch(self, operation: Operation, arguments: Mapping[str, Any], result: Any) -> None:
         """One operation was executed."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .program import Operation
+from .program import Operation, names_in
 from .registry import EXACT
 
 __all__ = ["in_place_updates", "last_uses"]
@@ -19,13 +19,7 @@ _WRITES = ("write_state", "coreml_update_state")
 
 def last_uses(operations: Sequence[Operation], outputs: Sequence[str]) -> dict[str, int]:
     """Index of the operation that uses each value last; ``len(operations)`` for outputs of the program."""
-    uses = {
-        argument: index
-        for index, operation in enumerate(operations)
-        for arguments in operation.inputs.values()
-        for argument in arguments
-        if isinstance(argument, str)
-    }
+    uses = {name: index for index, operation in enumerate(operations) for name in names_in(operation)}
     return uses | dict.fromkeys(outputs, len(operations))
 
 
@@ -33,8 +27,11 @@ def in_place_updates(operations: Sequence[Operation], states: Sequence[str], out
     """Indices of ``slice_update`` operations that may write into the state that they were read from.
 
     An update qualifies when its source is what ``read_state`` gave, its result is what is written to that state next,
-    and no value that may share memory with the state (views included) is used after it.
+    and no value that may share memory with the state (views included) is used after it. None does in a program with
+    control flow: what a block returns may be anything around it.
     """
+    if any(operation.blocks for operation in operations):
+        return set()
     uses = last_uses(operations, outputs)
     names = frozenset(states)
     state_of: dict[str, str] = {}  # value -> the state whose memory it may share

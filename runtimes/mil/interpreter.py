@@ -7,8 +7,9 @@ says: its semantics and whether float16 holds its values. What an engine fuses o
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from ...errors import BadInput, Unsupported
 from .half import round_half
 from .inplace import in_place_updates, last_uses
 from .ops_indexing import slices
-from .program import Constant, Operation, Program, ValueType
+from .program import Block, Constant, Operation, Program, ValueType, names_in, walk
 from .registry import EXACT, OPERATIONS, Handler
 
 __all__ = ["Interpreter", "RangeRow"]
@@ -34,6 +35,9 @@ for _module in ("constexpr", "elementwise", "indexing", "linear", "reductions", 
 _DAMAGE = (ValueError, IndexError, KeyError, TypeError, AttributeError, StopIteration, OverflowError, ZeroDivisionError,
            NotImplementedError)  # fmt: skip
 _WRITES = ("write_state", "coreml_update_state")
+_CONTROL = ("cond", "while_loop")
+_LISTS = ("values", "loop_vars")  # parameters that take several arguments
+_MOST_TURNS = 1_000_000  # of a loop: a damaged program must not run for ever
 
 
 @dataclass
@@ -61,6 +65,16 @@ class _Step:
     row: RangeRow | None
     rounds: bool
     in_place: bool
+    blocks: tuple[_Steps, ...]
+
+
+@dataclass(slots=True)
+class _Steps:
+    """A compiled block."""
+
+    inputs: tuple[str, ...]
+    steps: list[_Step]
+    outputs: tuple[str, ...]
 
 
 def _working(value: Constant) -> Any:
@@ -161,6 +175,8 @@ class Interpreter:
             # A copy, unless it is the state itself: later updates may write into it.
             state[str(target)] = result if result is state[str(target)] else np.array(result, np.float32)
             result = state[str(target)]
+        elif step.blocks:
+            result = self._control(step, arguments, values, state, tainted)
         elif step.in_place:
             result = arguments["x"]
             result[slices(arguments)] = arguments["update"]
@@ -174,10 +190,45 @@ class Interpreter:
             values[operation.outputs[0][0]] = result
         if step.row is not None:
             self._track(step, result, tainted)
+        elif step.blocks:
+            pass  # its blocks have said which results are not finite
         elif tainted and not tainted.isdisjoint(self._names(step)):
             tainted |= {name for name, _ in operation.outputs}
         for name in step.free:
             del values[name]
+
+    def _control(
+        self, step: _Step, arguments: Mapping[str, Any], values: Mapping[str, Any], state: State, tainted: set[str]
+    ) -> tuple[Any, ...]:
+        """The results of a ``cond`` or a ``while_loop``."""
+        if step.operation.kind == "cond":
+            chosen = step.blocks[0 if bool(np.asarray(arguments["pred"]).item()) else 1]
+            results, bad = self._block(chosen, (), (), values, state, tainted)
+        else:
+            condition, body = step.blocks
+            results = tuple(arguments["loop_vars"])
+            bad = tuple(isinstance(a, str) and a in tainted for a in step.operation.inputs["loop_vars"])
+            for _ in range(_MOST_TURNS):
+                (again,), _bad = self._block(condition, results, bad, values, state, tainted)
+                if not bool(np.asarray(again).item()):
+                    break
+                results, bad = self._block(body, results, bad, values, state, tainted)
+            else:
+                raise ValueError(f"more than {_MOST_TURNS:,} turns")
+        tainted |= {name for (name, _), one in zip(step.operation.outputs, bad, strict=True) if one}
+        return results
+
+    def _block(
+        self, block: _Steps, given: tuple[Any, ...], bad: tuple[bool, ...], values: Mapping[str, Any], state: State,
+        tainted: set[str],
+    ) -> tuple[tuple[Any, ...], tuple[bool, ...]]:  # fmt: skip
+        """The results of a block that is given ``given``, and which of them are not finite."""
+        inside = {**values, **dict(zip(block.inputs, given, strict=True))}
+        known = tainted | {name for name, one in zip(block.inputs, bad, strict=True) if one}
+        for step in block.steps:
+            self._execute(step, inside, state, known)
+        results = tuple(self._value(name, inside) for name in block.outputs)
+        return results, tuple(name in known for name in block.outputs)
 
     def _call(self, step: _Step, arguments: dict[str, Any]) -> Any:
         result = step.handler(arguments, step.result)
@@ -211,23 +262,43 @@ class Interpreter:
 
     def _compile(self) -> list[_Step]:
         """Turn operations into steps, folding those whose arguments are all constants."""
+        program = self.program
+        kept = self._folded(program.operations)
+        still = {name for operation in kept for name in names_in(operation)}
+        self._constants = {n: v for n, v in self._constants.items() if n in still or n in program.outputs}
+        return self._steps_of(kept, program.outputs, in_place_updates(kept, list(program.states), program.outputs))
+
+    def _folded(self, operations: Sequence[Operation]) -> list[Operation]:
+        """What is left of ``operations``, in their blocks too, when those on constants alone are evaluated."""
         kept: list[Operation] = []
-        for operation in self.program.operations:
-            if operation.kind not in OPERATIONS and operation.kind not in ("read_state", *_WRITES):
+        for operation in operations:
+            if operation.kind not in OPERATIONS and operation.kind not in ("read_state", *_WRITES, *_CONTROL):
                 raise Unsupported(
                     f"operation {operation.kind} ({operation.name}) is not known to the interpreter",
                     hint="run this artifact on a Mac",
                 )
+            if bool(operation.blocks) != (operation.kind in _CONTROL):
+                raise ValueError(f"{operation.kind} {operation.name!r} has {len(operation.blocks)} blocks")
             names = [a for group in operation.inputs.values() for a in group if isinstance(a, str)]
             if operation.kind in OPERATIONS and all(name in self._constants for name in names):
                 self._fold(operation)
-            else:
-                kept.append(operation)
-        uses = last_uses(kept, self.program.outputs)
-        updates = in_place_updates(kept, list(self.program.states), self.program.outputs)
-        still = {a for o in kept for group in o.inputs.values() for a in group if isinstance(a, str)}
-        self._constants = {n: v for n, v in self._constants.items() if n in still or n in self.program.outputs}
-        return [self._step(index, operation, uses, index in updates) for index, operation in enumerate(kept)]
+                continue
+            blocks = tuple(
+                dataclasses.replace(block, operations=tuple(self._folded(block.operations)))
+                for block in operation.blocks
+            )
+            kept.append(dataclasses.replace(operation, blocks=blocks) if blocks else operation)
+        return kept
+
+    def _steps_of(
+        self, operations: Sequence[Operation], outputs: tuple[str, ...], in_place: Collection[int]
+    ) -> list[_Step]:
+        uses = last_uses(operations, outputs)
+        return [self._step(index, one, uses, index in in_place) for index, one in enumerate(operations)]
+
+    def _steps_of_block(self, block: Block) -> _Steps:
+        inputs = tuple(name for name, _ in block.inputs)
+        return _Steps(inputs, self._steps_of(block.operations, block.outputs, ()), block.outputs)
 
     def _fold(self, operation: Operation) -> None:
         step = self._step(-1, operation, {}, False)
@@ -244,14 +315,14 @@ class Interpreter:
             parameter: [self._constants[a] if isinstance(a, str) else _working(a) for a in group]
             for parameter, group in operation.inputs.items()
         }
-        return {p: items if p == "values" else items[0] for p, items in resolved.items()}
+        return {p: items if p in _LISTS else items[0] for p, items in resolved.items()}
 
     def _step(self, index: int, operation: Operation, uses: Mapping[str, int], in_place: bool) -> _Step:
         fixed: dict[str, Any] = {}
         single, lists = [], []
         touched: set[str] = {name for name, _ in operation.outputs if name not in uses}
         for parameter, group in operation.inputs.items():
-            if parameter == "values":
+            if parameter in _LISTS:
                 lists.append((parameter, group))
             elif isinstance(group[0], Constant):
                 fixed[parameter] = _working(group[0])
@@ -259,7 +330,10 @@ class Interpreter:
                 fixed[parameter] = self._constants[group[0]]
             elif group[0] not in self.program.states:
                 single.append((parameter, group[0]))
-            touched |= {a for a in group if isinstance(a, str) and a not in self._constants and uses.get(a) == index}
+        # What blocks make themselves is theirs.
+        own = {name for one in walk((operation,)) for block in one.blocks for name, _ in block.inputs}
+        own |= {name for block in operation.blocks for one in walk(block.operations) for name, _ in one.outputs}
+        touched |= {n for n in names_in(operation) if n not in own | self._constants.keys() and uses.get(n) == index}
         result = operation.outputs[0][1] if operation.outputs else ValueType("float32")
         row = None
         if operation.kind not in EXACT and operation.kind in OPERATIONS and result.dtype in ("float16", "float32"):
@@ -270,6 +344,7 @@ class Interpreter:
             operation, OPERATIONS.get(operation.kind, _no_handler), result, fixed, tuple(single), tuple(lists),
             tuple(touched - set(self.program.states)) if index >= 0 else (), row,
             row is not None and result.dtype == "float16", in_place,
+            tuple(self._steps_of_block(block) for block in operation.blocks),
         )  # fmt: skip
 
 

@@ -6,14 +6,14 @@ with named arguments, and states are the mutable buffers that live between two c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["NUMPY_DTYPES", "Constant", "Operation", "Program", "ValueType"]
+__all__ = ["NUMPY_DTYPES", "Block", "Constant", "Operation", "Program", "ValueType", "names_in", "walk"]
 
 Array = npt.NDArray[Any]
 
@@ -49,12 +49,43 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation: ``inputs`` maps a parameter to its arguments, each the name of an earlier value or a constant."""
+    """One operation: ``inputs`` maps a parameter to its arguments, each the name of an earlier value or a constant.
+
+    Control flow has ``blocks``: ``cond`` what is done when it is true and when it is false, ``while_loop`` its
+    condition and its body.
+    """
 
     kind: str
     name: str
     inputs: Mapping[str, tuple[str | Constant, ...]]
     outputs: tuple[tuple[str, ValueType], ...]
+    blocks: tuple[Block, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Operations inside another one. They see the values around them; names are unique in the whole function."""
+
+    inputs: tuple[tuple[str, ValueType], ...]
+    operations: tuple[Operation, ...]
+    outputs: tuple[str, ...]
+
+
+def walk(operations: Iterable[Operation]) -> Iterator[Operation]:
+    """All of them, with those in blocks after the operation that holds them."""
+    for operation in operations:
+        yield operation
+        for block in operation.blocks:
+            yield from walk(block.operations)
+
+
+def names_in(operation: Operation) -> list[str]:
+    """The names that an operation uses, in its blocks too (where they may be those of the blocks themselves)."""
+    found = [a for group in operation.inputs.values() for a in group if isinstance(a, str)]
+    for block in operation.blocks:
+        found += [name for inner in block.operations for name in names_in(inner)]
+        found += block.outputs
+    return found
 
 
 @dataclass(frozen=True)
