@@ -122,6 +122,8 @@ def examine(
         with run.catching("runs", "integrity"), open_worker(artifact, chosen) as worker:
             run.info = worker.info()
             run.behave(worker)
+        if run.limits is not None and described.manifest.format == "coreml" and run.info.backend != INTERPRETER:
+            run.compare_units(lambda backend: open_worker(artifact, dataclasses.replace(chosen, backend=backend)))
     return Verification(run.verdict(subject or artifact.name), run.info, run.scores)
 
 
@@ -144,6 +146,7 @@ class _Run:
         self.info: SessionInfo | None = None
         self.scores: dict[tuple[str, str], Mapping[str, Array]] = {}
         self.mapped = False
+        self.limits: Faithful | None = None
 
     @property
     def failed(self) -> bool:
@@ -216,6 +219,7 @@ class _Run:
         limits = faithful_for(self.manifest, self._activations())
         with self.catching("faithful", "faithful"):
             limits = self._faithful(worker, limits, described)
+        self.limits = limits
         if self.manifest.format == "onnx":
             with self.catching("int16_saturation", "faithful"):
                 inputs = inputs_of(next(iter(self.references.values())), 8)
@@ -230,6 +234,16 @@ class _Run:
                 count = min(self.options.decode_tokens, self.manifest.max_length - len(prompt))
                 self.checks.append(behaviour.check_decode(worker, prompt, count, limits))
         self._loss()
+
+    def compare_units(self, open_on: Callable[[str], AbstractContextManager[Any]]) -> None:
+        """On a Mac: each compute unit against the interpreter."""
+        from .coreml_units import compare_units
+
+        self.progress("comparing the compute units with the interpreter", 0.9)
+        assert self.limits is not None
+        with self.catching("compute_units", "faithful"):
+            ids = _Describe(self.student, next(iter(self.references.values()))).longest()[:LOOKED_INTO_TOKENS]
+            self.checks += compare_units(self.manifest.task, ids.astype(np.int64), self.limits, open_on)
 
     def _teacher(self, worker: Any, data: str, scores: Mapping[str, Array]) -> None:
         self.progress(f"comparing with the teacher ({data})", 0.4)

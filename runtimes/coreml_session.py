@@ -24,13 +24,16 @@ from .milproto import coremltools_version, enumerated_lengths, import_coremltool
 from .payload_coreml import stored_bytes, stored_weights
 from .session import DecodedToken, Floats, Ints, SessionInfo, SessionOptions, check_batch, check_prompt
 
-__all__ = ["HIDDEN", "CoremlSession", "MilSession", "NativeCoreMLSession", "causal_mask", "open_coreml"]
+__all__ = [
+    "COMPUTE_UNITS", "HIDDEN", "MIL_BACKEND", "CoremlSession", "MilSession", "NativeCoreMLSession", "causal_mask",
+    "open_coreml",
+]  # fmt: skip
 
 HIDDEN = -1e4
 """What is added to a score that must not count; finite, since −∞ times 0 is NaN in float16."""
 
 MIL_BACKEND = "mil-interpreter"
-_UNITS = ("ALL", "CPU_AND_GPU", "CPU_AND_NE", "CPU_ONLY")
+COMPUTE_UNITS = ("ALL", "CPU_AND_GPU", "CPU_AND_NE", "CPU_ONLY")
 
 
 def open_coreml(artifact: Artifact, options: SessionOptions) -> CoremlSession:
@@ -201,8 +204,10 @@ class NativeCoreMLSession(CoremlSession):
     def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
         super().__init__(artifact)
         self._unit = options.backend or "ALL"
-        if self._unit not in _UNITS:
-            raise Unsupported(f"no Core ML backend {self._unit!r}", hint=f"known: {', '.join(_UNITS)}, {MIL_BACKEND}")
+        if self._unit not in COMPUTE_UNITS:
+            raise Unsupported(
+                f"no Core ML backend {self._unit!r}", hint=f"known: {', '.join(COMPUTE_UNITS)}, {MIL_BACKEND}"
+            )
         ct = import_coremltools()
         self._version = f"{coremltools_version()}"
         try:
