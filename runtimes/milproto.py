@@ -27,6 +27,8 @@ __all__ = [
     "COREMLTOOLS_MAJOR",
     "BlobFile",
     "coremltools_version",
+    "enumerated_lengths",
+    "function_names",
     "import_coremltools",
     "load_program",
     "mil_messages",
@@ -98,17 +100,34 @@ def model_file(package: Path) -> Path:
     return path
 
 
-def load_program(package: Path) -> Program:
-    """Parse a package. Weights are memory-mapped, not copied.
+def function_names(package: Path) -> tuple[str, ...]:
+    """The functions of a package, the one first that is run when none is named; most have ``main`` alone.
 
-    Raises :class:`BadInput` for a damaged package, :class:`Unsupported` for one that is no ML program or uses a part of
-    MIL that edgestill does not know.
+    Raises as :func:`load_program` does.
+    """
+    return _functions(*_parsed(package))
+
+
+def _functions(path: Path, model: Any) -> tuple[str, ...]:
+    names = set(model.mlProgram.functions) if model.WhichOneof("Type") == "mlProgram" else set()
+    default = model.description.defaultFunctionName or "main"
+    if default not in names:
+        raise Unsupported(f"{path} is no ML program with a function {default}", hint="convert it to an mlprogram")
+    return (default, *sorted(names - {default}))
+
+
+def load_program(package: Path, function: str | None = None) -> Program:
+    """Parse a package: the function of that name, or the default one. Weights are memory-mapped, not copied.
+
+    Raises :class:`BadInput` for a damaged package or an unknown function, :class:`Unsupported` for a package that is no
+    ML program or uses a part of MIL that edgestill does not know.
     """
     path, model = _parsed(package)
-    if model.WhichOneof("Type") != "mlProgram" or "main" not in model.mlProgram.functions:
-        raise Unsupported(f"{path} is no ML program with a main function", hint="convert it to an mlprogram")
+    names = _functions(path, model)
+    if function is not None and function not in names:
+        raise BadInput(f"{path} has no function {function!r}", hint=f"it has {', '.join(names)}")
     try:
-        return _Reader(path, mil_messages()).program(model)
+        return _Reader(path, mil_messages()).program(model, function or names[0])
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is damaged: {error}", hint=_HINT) from None
 
@@ -147,8 +166,8 @@ class _Reader:
         self._name_of_dtype = {number: name.lower() for name, number in messages.DataType.items()}
         self._blobs: dict[str, BlobFile] = {}
 
-    def program(self, model: Any) -> Program:
-        function = model.mlProgram.functions["main"]
+    def program(self, model: Any, name: str) -> Program:
+        function = model.mlProgram.functions[name]
         inputs, states = {}, {}
         for item in function.inputs:
             if item.type.WhichOneof("type") == "stateType":
