@@ -20,6 +20,8 @@ def round_half(x: Floats) -> float:
     Returns the largest magnitude of the result: infinity after an overflow, NaN when there is a NaN. Equal to
     ``x.astype(numpy.float16).astype(numpy.float32)`` for every float32.
     """
+    if x.ndim == 0:
+        return _round(x.reshape(1))  # a view; of a scalar numpy would make copies
     if x.size > _BLOCK and x.flags.c_contiguous:
         flat = x.reshape(-1)
         peaks = [_round(flat[begin : begin + _BLOCK]) for begin in range(0, flat.size, _BLOCK)]
