@@ -48,7 +48,6 @@ def test_static_int8_loses_less_than_dynamic_int8(minilm: Path, tmp_path: Path) 
     found = exported(minilm, tmp_path, "onnx:int8-dynamic", "onnx:int8-static")
     assert {artifact.level for artifact in found.values()} == {"device_verified"}
     metrics = {name: artifact.metrics for name, artifact in found.items()}
-    print(metrics)
     assert metrics["onnx-int8-static"]["cosine@sample"] > metrics["onnx-int8-dynamic"]["cosine@sample"]
     assert metrics["onnx-int8-static"]["cosine@sample"] > 0.99
 
