@@ -88,7 +88,9 @@ def _comparisons(context: Context) -> _Told:
         ids = np.random.default_rng(0).integers(5, artifact.manifest.vocab_size, (1, LENGTH))
         with LoadProbe() as probe:
             for index in range(count):
-                context.progress(f"comparison {index + 1} of {count}")
+                context.progress(
+                    f"comparison {index + 1} of {count}; so far {alarms} false alarms, {found} slow-downs found"
+                )
                 config = _config(context.tiny, index)
                 rows = measure_speed(
                     subjects, config, ids=ids, task="feature-extraction", open_worker=_open, kinds=("speed",)
