@@ -151,7 +151,7 @@ def encode_pairs(
             "the tokens of student and teacher never end at the same place of a text",
             hint="longer texts, or a student with the teacher's tokenizer",
         )
-    return PairedExamples(tuple(ours), (-100,) * len(ours), (), tuple(theirs), tuple(aligned))
+    return PairedExamples(tuple(ours), (-100,) * len(ours), their_ids=tuple(theirs), aligned=tuple(aligned))
 
 
 def _windows(first: Encoded, second: Encoded, most: int) -> list[tuple[slice, slice]]:
