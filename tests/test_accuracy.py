@@ -56,6 +56,7 @@ def test_against_teacher_and_student_and_on_tasks(artifact, tiny_llama, text, tm
     assert all(row.summary is None and row.reason for row in lost)
 
 
+@pytest.mark.whole
 def test_the_teacher_itself_is_at_no_distance(tiny_bert, tmp_path):
     """And targets that can't be asked have a row each, with the reason."""
     request = AccuracyRequest(tiny_bert, threads=1, examples=12)

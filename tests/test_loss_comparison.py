@@ -85,6 +85,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, text: P
     return folder, compare_losses(LossCompareConfig(path, ("forward_kl", "jsd:0.3"), 2, folder / "runs"))
 
 
+@pytest.mark.whole
 def test_every_figure_is_there_for_every_loss(compared: tuple[Path, Any]) -> None:
     folder, result = compared
     assert result.seeds == (7, 8)
@@ -176,6 +177,7 @@ def test_the_table_marks_who_wins(compared: tuple[Path, Any], capfd: pytest.Capt
     assert "★ 0.105 ± 0.0071" in capfd.readouterr().err
 
 
+@pytest.mark.whole
 def test_embeddings_share_one_cache_and_are_probed(tiny_bert: Path, text: Path, tmp_path: Path) -> None:
     labelled = tmp_path / "labelled.csv"
     rows = [f"{line},{index % 2}" for index, line in enumerate(text.read_text().splitlines())]

@@ -99,6 +99,7 @@ def test_what_goes_wrong_is_a_reason(tmp_path, decoder):
     assert (found.reason, found.phases) == ("the board is gone", ())
 
 
+@pytest.mark.whole
 def test_of_a_model_folder_there_is_no_roofline(tiny_bert):
     found = profile_artifact(tiny_bert, subject="teacher", open_worker=LocalWorker, ids=IDS, threads=1, repeats=1,
                              peaks=PEAKS)  # fmt: skip

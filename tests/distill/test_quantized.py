@@ -186,6 +186,7 @@ def test_an_encoder_learns_on_its_grid(encoder: Path, tmp_path: Path, data: Data
     assert 1 - result.dev_after["cosine"] < 0.8 * (1 - result.dev_before["cosine"])
 
 
+@pytest.mark.whole
 def test_gradient_accumulation_and_recomputing_change_nothing(decoder: Path, tmp_path: Path, walks: DataSets) -> None:
     _skip_without("onnx:int4")
     whole = _train(decoder, tmp_path / "whole", walks, "onnx:int4")
@@ -196,6 +197,7 @@ def test_gradient_accumulation_and_recomputing_change_nothing(decoder: Path, tmp
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
 
 
+@pytest.mark.whole
 def test_what_is_kept_is_on_the_grid_whoever_chooses_it(decoder: Path, tmp_path: Path, walks: DataSets) -> None:
     """The moving average is of the masters, and quantised; early stopping gives back the masters of its best step."""
     _skip_without("onnx:int4")

@@ -211,6 +211,7 @@ def test_a_run_goes_on_from_each_step_with_the_same_bytes(tiny_llama: Path, tmp_
     assert hash_tree(_run(tiny_llama, tmp_path / "cut", data, config).path) == hash_tree(whole.path)
 
 
+@pytest.mark.whole
 def test_the_cost_is_counted_token_by_token(tiny_llama: Path, encoder: Path, tmp_path: Path, data: DataSets):
     plain = _run(tiny_llama, tmp_path / "plain", data, _config())
     assert dict(plain.cost) == {

@@ -44,6 +44,7 @@ def test_the_layers_to_go_go_in_equal_parts_and_the_named_ones_stay():
         assert max(a - b for a, b in zip([12, *sizes], sizes, strict=False)) <= -(-8 // rounds)
 
 
+@pytest.mark.whole
 def test_two_rounds_of_pruning_and_distilling(tiny_llama: Path, tmp_path: Path, data: DataSets):
     student = {"layers": 2, "ffn": 64, "kv_heads": 1, "choose": "block_influence", "steps": 2}
     result = _run(tiny_llama, tmp_path, data, student, max_steps=30, learning_rate=2e-3)
@@ -71,6 +72,7 @@ def test_one_round_is_what_there_was_before(tiny_llama: Path, tmp_path: Path, da
     assert hash_tree(plain.path) == hash_tree(named.path)
 
 
+@pytest.mark.whole
 def test_named_layers_are_the_same_ones_in_the_end(encoder: Path, tmp_path: Path, data: DataSets):
     loss = {"embedding_cosine": 1.0, "hidden_states": 0.5}
     result = _run(encoder, tmp_path, data, {"layers": 2, "ffn": 32, "steps": 3}, loss=loss)

@@ -114,6 +114,7 @@ def test_a_student_learns_the_teachers_words(tiny_llama: Path, tmp_path: Path, d
     assert result.cost["student_forward_tokens"] == result.tokens_seen
 
 
+@pytest.mark.whole
 def test_a_killed_run_ends_with_the_same_bytes(tiny_llama: Path, tmp_path: Path, data: DataSets):
     config = _config(
         loss={"forward_kl": 0.5, "cross_entropy": 0.5}, save_every=3,

@@ -251,6 +251,7 @@ AWKWARD = (
 )  # fmt: skip
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("to", "near"),
     [("onnx:fp32", 1e-4), ("gguf:f32", 1e-2), ("coreml:fp16", 5e-2)],

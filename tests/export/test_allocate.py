@@ -49,6 +49,7 @@ def sizes(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("share", [0.15, 0.5, 0.9])
 def test_the_file_fits_and_is_close(
     share: float, tiny_llama: Path, sizes: dict[str, int], texts: Texts, tmp_path: Path
@@ -115,6 +116,7 @@ def test_sensitivities_are_kept_and_used_again(
                dev=texts[0], work=work)  # fmt: skip
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("most", [(0.0, 1e30), (0.0, 0.0)])
 def test_cheaper_measures_rank_like_the_full_one(
     most: tuple[float, float], tiny_llama: Path, texts: Texts, monkeypatch: pytest.MonkeyPatch
@@ -181,6 +183,7 @@ def test_an_encoder_and_a_classifier_have_budgets_too(
         assert artifact.model_bytes >= 0.97 * size
 
 
+@pytest.mark.whole
 def test_too_small_says_what_is_possible_and_too_large_takes_the_best(
     tiny_llama: Path, sizes: dict[str, int], tmp_path: Path
 ) -> None:

@@ -91,6 +91,7 @@ def test_two_exports_from_two_folders_are_equal(bert: Artifact, tiny_bert: Path,
         assert (again.path / path).read_bytes() == (bert.path / path).read_bytes(), path
 
 
+@pytest.mark.whole
 def test_an_export_after_one_that_failed_is_equal(
     bert: Artifact, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +214,7 @@ ENCODERS = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("architecture", list(ENCODERS))
 def test_encoder_architectures(architecture: str, tiny_bert: Path, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModel

@@ -67,6 +67,7 @@ def test_classifier_like_torch(classifier: Artifact, tiny_classifier: Path) -> N
         session.forward(ids, mask)
 
 
+@pytest.mark.whole
 def test_decoder_like_torch(llama: Artifact, tiny_llama: Path) -> None:
     session, torch_session = open_coreml(llama, SessionOptions()), TorchSession(tiny_llama)
     assert session.info().capabilities == ("forward", "decode", "score")
