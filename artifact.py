@@ -6,6 +6,7 @@ Standard library only, since it travels to devices. A folder looks like this::
       model.onnx            payload: what the runtime loads, plus what an app needs beside it
       tokenizer.json  tokenizer_config.json  chat_template.jinja
       tensors.json          payload: which stored tensor holds which weight of the student (for verification)
+      islands.json          payload: which operations of a Core ML program are float32, and what was measured
       artifact.json         not payload: describes the payload
       verdicts.jsonl        not payload: appended to by each verification
 
@@ -29,6 +30,7 @@ from .files import atomic_write, canonical_json, hash_file, hash_json, list_file
 __all__ = [
     "ARTIFACT_FILE",
     "CLASS_TASKS",
+    "ISLANDS_FILE",
     "NOT_PAYLOAD",
     "TENSORS_FILE",
     "TOKEN_TASKS",
@@ -49,7 +51,9 @@ __all__ = [
 SCHEMA_VERSION = 1
 ARTIFACT_FILE = "artifact.json"
 TENSORS_FILE = "tensors.json"
+ISLANDS_FILE = "islands.json"
 VERDICTS_FILE = "verdicts.jsonl"
+_FOR_VERIFICATION = frozenset({TENSORS_FILE, ISLANDS_FILE})
 NOT_PAYLOAD = frozenset({ARTIFACT_FILE, VERDICTS_FILE})
 
 Format = Literal["torch", "onnx", "gguf", "coreml"]
@@ -157,15 +161,18 @@ class Artifact:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes that ship to a device: the payload without ``tensors.json``."""
-        return sum(file.size_bytes for file in self.manifest.files if file.path != TENSORS_FILE)
+        """Bytes that ship to a device: the payload without ``tensors.json`` and ``islands.json``."""
+        return sum(file.size_bytes for file in self.manifest.files if file.path not in _FOR_VERIFICATION)
 
     @property
     def shipped(self) -> tuple[FileEntry, ...]:
-        """The payload that an app needs: without the weight map, and without an ONNX file that lies beside ``.ort``."""
+        """The payload that an app needs: without the weight map and the like, and without an ONNX file that lies beside
+        ``.ort``."""
         entry = self.manifest.entry
         left_out = entry.removesuffix(".ort") + ".onnx" if entry.endswith(".ort") else TENSORS_FILE
-        return tuple(f for f in self.manifest.files if f.path != TENSORS_FILE and not f.path.startswith(left_out))
+        return tuple(
+            f for f in self.manifest.files if f.path not in _FOR_VERIFICATION and not f.path.startswith(left_out)
+        )
 
     def download_bytes(self) -> int:
         """Bytes of :attr:`shipped` when each file is deflated (zlib, level 6), as in an APK, an IPA or a zip file."""

@@ -73,11 +73,11 @@ def allocate(
     from ..checkpoints import load_torch
     from .moments import input_moments
 
-    built_in = not calibration or not dev
+    given, built_in = calibration, not calibration or not dev
     calibration = list(calibration) or list(SAMPLE_TEXT[::2])
     dev = list(dev) or list(SAMPLE_TEXT[1::2])
     # What can't be done is found before the work that takes minutes.
-    space = _space(model, config, progress)
+    space = _space(model, config, given, progress)
     if not space.tensors:
         raise Unsupported(
             f"{budget.to}: no tensor has rows that a quantised type can take",
@@ -106,7 +106,7 @@ def allocate(
     return space.chosen(found.types, _note(model, budget, found, costs, room, built_in, space.how))
 
 
-def _space(model: ModelFolder, config: ExportConfig, progress: Progress) -> Space:
+def _space(model: ModelFolder, config: ExportConfig, calibration: Sequence[str], progress: Progress) -> Space:
     if config.format == "gguf":
         from .allocate_gguf import GgufSpace
 
@@ -117,7 +117,7 @@ def _space(model: ModelFolder, config: ExportConfig, progress: Progress) -> Spac
         return OnnxSpace(model, config)
     from .allocate_coreml import CoremlSpace
 
-    return CoremlSpace(model, config, progress)
+    return CoremlSpace(model, config, calibration, progress)
 
 
 def _room(space: Space, budget: Budget) -> int:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..architectures import ARCHITECTURES
-from ..artifact import Histogram, StoredTensor, TensorSpec
+from ..artifact import ISLANDS_FILE, Histogram, StoredTensor, TensorSpec
 from ..errors import Unsupported
+from ..files import atomic_write
 from ..progress import Progress, silent
 from . import coreml_target
 from .coreml_compress import Coder, Fallback
+from .coreml_islands import Islands, as_json
 from .coreml_target import Target
 from .writer import Draft, Weights, context_length
 
@@ -45,7 +49,7 @@ def write(
     converted: Converted | None = None,
     coder: Coder | None = None,
 ) -> Draft:
-    """Write ``model.mlpackage`` into ``folder``, its matrices stored as ``config`` says.
+    """Write ``model.mlpackage`` into ``folder``, its matrices stored as ``config`` says, and ``islands.json``.
 
     ``types`` gives some parameters (names of the model folder) another storage, in the same language. ``converted`` is
     what :func:`convert` made of the same model, and ``coder`` finds the codes. Needs about four times the float32 model
@@ -57,7 +61,7 @@ def write(
     from ..runtimes.payload_coreml import histogram
     from . import coreml_package
 
-    made = converted or convert(model, config, types or {}, progress)
+    made = converted or convert(model, config, types or {}, progress, calibration)
     target, tensors = made.target, made.tensors
     plan = coreml_package.plan_of(made.program, tensors, target.quantisation, types or {})
     progress(f"{config.variant}: compressing and writing" if plan else f"{config.variant}: writing")
@@ -65,6 +69,9 @@ def write(
     fallbacks = coreml_package.write_package(
         made.program, package, description=made.description, license=model.license, plan=plan, coder=coder
     )
+    if made.islands is not None:
+        facts = {"source": made.source, **as_json(made.islands)}
+        atomic_write(folder / ISLANDS_FILE, json.dumps(facts, indent=1) + "\n")
     program = load_program(package)
     rows = histogram(program)
     generates = model.task == "text-generation"
@@ -76,7 +83,7 @@ def write(
         outputs=outputs,
         shapes=target.shapes,
         max_length=made.context if generates else target.lengths[-1],
-        contents=_contents(rows, fallbacks, tensors),
+        contents=_contents(rows, fallbacks, tensors, made.islands),
         dtype_histogram=rows,
         minimum_runtime={"ios": str(target.ios)},
         kv_cache_bytes_per_token=made.cache_bytes,
@@ -88,7 +95,8 @@ def write(
 @dataclass(frozen=True)
 class Converted:
     """A model as a program with float weights: what coremltools made (``program``), where each parameter lies in it
-    (``tensors``), for whom (``target``, ``context`` tokens), and the cache's bytes a token."""
+    (``tensors``), for whom (``target``, ``context`` tokens), the cache's bytes a token, and which operations stay in
+    float32 (``islands``; ``None`` when all of them are) by what was measured on the text that ``source`` names."""
 
     program: Any
     tensors: list[StoredTensor]
@@ -96,10 +104,15 @@ class Converted:
     context: int
     cache_bytes: int | None
     description: str
+    islands: Islands | None
+    source: str
 
 
-def convert(model: ModelFolder, config: ExportConfig, types: Mapping[str, str], progress: Progress) -> Converted:
-    """``model`` traced and converted, its weights found again. Raises as :func:`write` does."""
+def convert(
+    model: ModelFolder, config: ExportConfig, types: Mapping[str, str], progress: Progress, texts: Sequence[str]
+) -> Converted:
+    """``model`` traced and converted, its weights found again; its float32 islands are measured on ``texts``, or
+    on built-in lines when there are none. Raises as :func:`write` does."""
     from ..checkpoints import load_torch
     from ..runtimes.milproto import load_program
     from . import coreml_convert, coreml_package
@@ -121,20 +134,29 @@ def convert(model: ModelFolder, config: ExportConfig, types: Mapping[str, str], 
     cache = _cache_bytes(torch_model) if generates else None
     precision: Any = "float32" if target.quantisation.bits == 32 else "islands"
     if generates:
-        converted = coreml_convert.convert_decoder(model, torch_model, context, precision=precision)
+        converted = coreml_convert.convert_decoder(model, torch_model, context, precision=precision, texts=texts)
     else:
         converted = coreml_convert.convert_encoder(
-            model, torch_model, target.lengths, shapes=target.shapes, precision=precision, ios=target.ios
-        )
+            model, torch_model, target.lengths, shapes=target.shapes, precision=precision, ios=target.ios,
+            texts=texts,
+        )  # fmt: skip
     del torch_model
-    tensors = coreml_package.map_weights(load_program(Path(converted.package_path)), Weights(model.path), used)
+    tensors = coreml_package.map_weights(load_program(Path(converted.model.package_path)), Weights(model.path), used)
     description = f"{model.task}, {config.quantisation}, by edgestill"
-    return Converted(converted, tensors, target, context, cache, description)
+    return Converted(converted.model, tensors, target, context, cache, description, converted.islands, converted.source)
 
 
-def _contents(rows: Mapping[str, Histogram], fallbacks: Sequence[Fallback], tensors: Sequence[StoredTensor]) -> str:
-    """What is inside, and which parameters could not be stored as asked."""
+def _contents(
+    rows: Mapping[str, Histogram], fallbacks: Sequence[Fallback], tensors: Sequence[StoredTensor],
+    islands: Islands | None,
+) -> str:  # fmt: skip
+    """What is inside, what is computed in float32, and which parameters could not be stored as asked."""
     said = ", ".join(f"{row.tensors} tensors {name}" for name, row in rows.items())
+    if islands is not None and islands.found:
+        kinds = Counter({island.kind: 0 for island in islands.found})
+        for island in islands.found:
+            kinds[island.kind] += len(island.operations)
+        said += f"; in float32: {', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}"
     if not fallbacks:
         return said
     names = {tensor.stored: tensor.name for tensor in tensors}

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import EdgestillError, ResourceExhausted
+from ..runtimes.mil.program import Program, ValueType
 from ..runtimes.milproto import import_coremltools
 from ..torch_models import quiet as transformers_quiet
+from .coreml_feeds import Feeds, feeds_of
+from .coreml_islands import Islands, choose
+from .coreml_mil import function_of, program_of
 from .coreml_programs import DecoderProgram, EncoderProgram
 
 if TYPE_CHECKING:
+    from ..artifact import Task
     from ..checkpoints import ModelFolder
 
-__all__ = ["Precision", "convert_decoder", "convert_encoder"]
+__all__ = ["Converted", "MeasuredIslands", "Precision", "convert_decoder", "convert_encoder"]
 
 Precision = Literal["islands", "half", "float32"]
-"""``islands``: float16 with float32 where values outgrow it (the default); ``half``: all float16; ``float32``: none."""
-
-# Pooling: sums over all tokens, and squares of a vector that may be long or short.
-_ENCODER_ISLANDS = frozenset(
-    {"clip", "maximum", "pow", "real_div", "reduce_sum", "reduce_sum_square", "sqrt", "square"}
-)
-_NORM = frozenset({"pow", "reduce_mean", "rsqrt", "square"})
+"""``islands``: float16 with float32 where measurement shows that it is needed (the default); ``half``: all float16;
+``float32``: none."""
 
 
 @contextlib.contextmanager
@@ -45,29 +47,44 @@ def _forget_names() -> None:
     Builder.name_count.clear()
 
 
-def _made_by(value: Any, kinds: frozenset[str]) -> bool:
-    return getattr(getattr(value, "op", None), "op_type", None) in kinds
+@dataclass(frozen=True)
+class Converted:
+    """A coremltools ``model``, and which of its operations are float32 though the others are float16 (``None`` when
+    that was not asked), found on the text that ``source`` names."""
+
+    model: Any
+    islands: Islands | None
+    source: str
 
 
-def _decoder_half(operation: Any) -> bool:
-    """Does this operation of a decoder fit into float16? Not the RMS norms, and not the residual stream, which they
-    square: it reaches 22,552 in SmolLM2."""
-    kind = operation.op_type
-    if kind in _NORM:
-        return False
-    if kind == "mul":
-        return not any(_made_by(value, frozenset({"rsqrt"})) for value in (operation.x, operation.y))
-    if kind == "add":
-        residual = operation.x.val is None and operation.y.val is None and len(operation.outputs[0].shape) == 3
-        return not residual and not any(_made_by(value, _NORM) for value in (operation.x, operation.y))
-    return True
+class MeasuredIslands:
+    """An ``op_selector`` of coremltools that measures: shown the first operation, it runs the whole program on text."""
+
+    def __init__(self, task: Task, feeds: Feeds) -> None:
+        self._task, self._feeds = task, feeds
+        self.islands: Islands | None = None
+        self.source = feeds.source
+
+    def __call__(self, operation: Any) -> bool:
+        """Is ``operation`` to be float16?"""
+        if self.islands is None:  # nothing is cast yet
+            program = program_of(function_of(operation))
+            self.islands = choose(self._short(program), self._task, self._feeds.rows, self._feeds.longest)
+        return operation.name not in self.islands.names
+
+    def _short(self, program: Program) -> Program:
+        """With states as long as the text: at this stage the cache is copied whole for every layer."""
+        longest = max(feed["input_ids"].shape[1] for feed in self._feeds.rows)
+        states = {
+            name: ValueType(kind.dtype, (*kind.shape[:3], longest, *kind.shape[4:]))
+            for name, kind in program.states.items()
+        }
+        return dataclasses.replace(program, states=states)
 
 
-def _encoder_half(operation: Any) -> bool:
-    return operation.op_type not in _ENCODER_ISLANDS
-
-
-def _convert(program: Any, example: tuple[Any, ...], precision: Precision, half: Any, **arguments: Any) -> Any:
+def _convert(
+    program: Any, example: tuple[Any, ...], precision: Precision, half: MeasuredIslands, **arguments: Any
+) -> Any:
     import torch
 
     ct = import_coremltools()
@@ -107,11 +124,13 @@ def convert_encoder(
     shapes: str = "dynamic",
     precision: Precision = "islands",
     ios: int = 16,
-) -> Any:
+    texts: Sequence[str] = (),
+) -> Converted:
     """An encoder as an ML program for ``ios``: int32 ``input_ids`` and ``attention_mask`` [1, T], float32
     ``sentence_embedding`` [1, D] or ``logits`` [1, C].
 
     ``shapes``: T is 1 to the last of ``lengths`` (``dynamic``), that one (``fixed``) or one of them (``enumerated``).
+    The float32 islands are measured on ``texts``, see :mod:`.coreml_islands`.
     """
     import numpy as np
     import torch
@@ -127,15 +146,19 @@ def convert_encoder(
     elif shapes == "dynamic":
         size = (1, ct.RangeDim(lower_bound=1, upper_bound=context, default=length))
     output = "sentence_embedding" if folder.pooling is not None else "logits"
-    return _convert(
-        EncoderProgram(folder, model, context), example, precision, _encoder_half,
+    half = MeasuredIslands(folder.task, feeds_of(folder, texts, lengths, fixed=shapes != "dynamic"))
+    converted = _convert(
+        EncoderProgram(folder, model, context), example, precision, half,
         inputs=[ct.TensorType(name, size, np.int32) for name in ("input_ids", "attention_mask")],
         outputs=[ct.TensorType(output, dtype=np.float32)],
         minimum_deployment_target=getattr(ct.target, f"iOS{ios}"),
     )  # fmt: skip
+    return Converted(converted, half.islands, half.source)
 
 
-def convert_decoder(folder: ModelFolder, model: Any, context: int, *, precision: Precision = "islands") -> Any:
+def convert_decoder(
+    folder: ModelFolder, model: Any, context: int, *, precision: Precision = "islands", texts: Sequence[str] = ()
+) -> Converted:
     """A decoder with its KV cache as states, for iOS 18: int32 ``input_ids`` [1, q], float16 ``causal_mask``
     [1, 1, q, e], float16 ``logits`` [1, q, V] (float32 in that precision), float16 states
     ``key_cache`` and ``value_cache``.
@@ -152,8 +175,9 @@ def convert_decoder(folder: ModelFolder, model: Any, context: int, *, precision:
     example = (torch.full((1, 3), 2, dtype=torch.int32), torch.zeros(1, 1, 3, 5))
     query = ct.RangeDim(lower_bound=1, upper_bound=context, default=1)
     end = ct.RangeDim(lower_bound=1, upper_bound=context, default=1)
-    return _convert(
-        program, example, precision, _decoder_half,
+    half = MeasuredIslands(folder.task, feeds_of(folder, texts, (context,)))
+    converted = _convert(
+        program, example, precision, half,
         inputs=[
             ct.TensorType("input_ids", (1, query), np.int32),
             ct.TensorType("causal_mask", (1, 1, query, end), dtype),
@@ -165,3 +189,4 @@ def convert_decoder(folder: ModelFolder, model: Any, context: int, *, precision:
         ],
         minimum_deployment_target=ct.target.iOS18,
     )  # fmt: skip
+    return Converted(converted, half.islands, half.source)

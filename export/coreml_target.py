@@ -83,4 +83,4 @@ def quantisation_of(name: str) -> CoremlQuantisation:
     try:
         return parse(name)
     except ValueError as error:
-        raise RecipeError(str(error), hint="docs/export.md lists what Core ML takes") from None
+        raise RecipeError(str(error), hint="docs/recipe.md lists what Core ML takes") from None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from edgestill.artifact import ISLANDS_FILE
 from edgestill.bench.reference import make_reference
 from edgestill.bench.verify import VerifyOptions, verify
 from edgestill.checkpoints import open_model
@@ -36,7 +38,7 @@ def wide_bert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_a_size_learnt_without_writing_is_the_one_written(target: str, wide_bert: Path, tmp_path: Path) -> None:
     folder = open_model(wide_bert)
     config = ExportConfig(to="coreml@1MB", min_target=target)  # type: ignore[arg-type]
-    space = CoremlSpace(folder, config, silent)
+    space = CoremlSpace(folder, config, ["a good film", "the plot"], silent)
     assert len(space.tensors) > 5
     assert {tensor.types[-1] for tensor in space.tensors} == {"fp16"}
     assert any("-g16" in type_ for tensor in space.tensors for type_ in tensor.types) == (target == "iOS18")
@@ -45,7 +47,8 @@ def test_a_size_learnt_without_writing_is_the_one_written(target: str, wide_bert
     said = space.whole_bytes(types)
     plain = config.model_copy(update={"to": "coreml:fp16"})
     coreml.write(folder, tmp_path, plain, types=types, **space.chosen(types, "").told)
-    assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) == said
+    assert sum(file.stat().st_size for file in (tmp_path / coreml.ENTRY).rglob("*") if file.is_file()) == said
+    assert json.loads((tmp_path / ISLANDS_FILE).read_text())["source"] == "2 calibration texts"  # converted once
 
 
 @pytest.mark.whole

@@ -237,7 +237,9 @@ def test_encoder_architectures(architecture: str, tiny_bert: Path, tmp_path: Pat
     ids[1, 11:] = 1
     with torch.no_grad():
         want = model(torch.tensor(ids), torch.tensor(mask)).numpy()
-    interpreter = _saved(folder, coreml_convert.convert_encoder(described, model, (48,)), tmp_path / "m.mlpackage")
+    interpreter = _saved(
+        folder, coreml_convert.convert_encoder(described, model, (48,)).model, tmp_path / "m.mlpackage"
+    )
     for row in range(2):
         feed = {"input_ids": ids[row : row + 1], "attention_mask": mask[row : row + 1]}
         got = interpreter.run(feed)["sentence_embedding"][0]
@@ -273,7 +275,7 @@ def test_decoder_architectures(architecture: str, tiny_llama: Path, tmp_path: Pa
     ids = RNG.integers(5, vocabulary, (1, 30))
     with torch.no_grad():
         want = model(torch.tensor(ids)).logits[0].numpy()
-    interpreter = _saved(folder, coreml_convert.convert_decoder(described, model, 40), tmp_path / "m.mlpackage")
+    interpreter = _saved(folder, coreml_convert.convert_decoder(described, model, 40).model, tmp_path / "m.mlpackage")
     state = interpreter.new_state()
     parts = []
     for begin, end in ((0, 17), (17, 18), (18, 25), (25, 30)):  # prefill, a token, several at once

@@ -39,7 +39,7 @@ def _run(folder: Path, precision: Any, package: Path) -> tuple[np.ndarray, np.nd
         want = model(torch.tensor(ids)).logits[0].numpy()
     described = dataclasses.replace(open_model(folder), layers=1)
     converted = coreml_convert.convert_decoder(described, model, 32, precision=precision)
-    coreml_package.write_package(converted, package, description="", license=None)
+    coreml_package.write_package(converted.model, package, description="", license=None)
     interpreter = Interpreter(load_program(package))
     feed: dict[str, Any] = {"input_ids": ids, "causal_mask": causal_mask(16, 16)}
     return interpreter.run(feed, interpreter.new_state())["logits"][0], want, interpreter
