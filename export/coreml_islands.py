@@ -120,6 +120,11 @@ class _Choice:
             if name in self.program.constants
         )
 
+    def _has_weights(self, operation: Operation) -> bool:
+        constants = (self.program.constants.get(name) for name in _names(operation))
+        vectors = any(c is not None and c.type.dtype == "float32" and np.size(c.value) > 1 for c in constants)
+        return vectors or operation.kind in _PRODUCTS
+
     def look(self, longest: Sequence[Feed]) -> None:
         """Run in float32: what each operation meets, and what it would make of rounded arguments."""
         interpreter = Interpreter(self.program)
@@ -207,14 +212,15 @@ class _Choice:
         return Islands(self._grouped(why), metric.name, products, everything, rest, self.tokens)
 
     def _with_feeders(self, islands: set[str]) -> set[str]:
-        """With what is taken by islands alone, back to the next product: float16 would be a cast there and one back."""
+        """With what is taken by islands alone, back to the next operation with weights (they would be stored in float32
+        for nothing): float16 would be a cast there and one back."""
         takers: dict[str, list[str]] = {name: ["output"] for name in self.program.outputs}
         for operation in self.program.operations:
             for name in _names(operation):
                 takers.setdefault(name, []).append(operation.name)
         kept = set(islands)
         for operation in reversed(self.program.operations):
-            if operation.name in self.open and operation.name not in self.heavy:
+            if operation.name in self.open and not self._has_weights(operation):
                 taken = [taker for name, _ in operation.outputs for taker in takers.get(name, ())]
                 if taken and kept.issuperset(taken):
                     kept.add(operation.name)
