@@ -43,7 +43,8 @@ _WRITER = {"onnx": ("onnx",), "gguf": ("gguf", "llama-cpp-python"), "coreml": ("
 _SENTENCE_TOKENS = 28  # of an English sentence of 20-300 characters, measured on movie reviews
 _TRAINING_PASSES = 3.0  # a step costs a forward pass and about two more for the gradients
 _WRITING_SLOWNESS = 3.0  # a token written costs about so many times one that is read among others
-_EFFICIENCY = 0.5  # what a whole model reaches of one big matrix product: training MiniLM 0.77, SmolLM2 0.51, reading 0.59
+# What a whole model reaches of one big matrix product's speed: 0.77 training MiniLM, 0.51 SmolLM2, 0.59 reading MiniLM.
+_EFFICIENCY = 0.5
 _EXPORT_SECONDS = {"onnx": 6.0, "gguf": 4.0, "coreml": 12.0}
 _BASE_MEMORY = 1.2e9  # Python with torch and an exporter loaded, bytes
 
