@@ -145,7 +145,10 @@ def test_requests_replies_and_tensors_pass(server, launch):
     assert launch.replies.get(timeout=5) == b'{"id":1}'
     (launch.exchange / "c1.bin").write_bytes(b"12345678")
     assert ask(server, "GET", f"w/{number}/tensor/c1.bin")[1] == b"12345678"
-    assert not (launch.exchange / "c1.bin").exists()  # taken is gone
+    deadline = time.monotonic() + 5  # it goes when all of it was sent, so the answer may be here before
+    while (launch.exchange / "c1.bin").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not (launch.exchange / "c1.bin").exists()
     assert ask(server, "GET", f"w/{number}/tensor/c1.bin")[0].status == 404
     assert ask(server, "PUT", f"w/{number}/tensor/w1.bin", b"abc")[0].status == 204
     assert (launch.exchange / "w1.bin").read_bytes() == b"abc"
