@@ -26,12 +26,17 @@ def dense_forward_kl(teacher: Tensor, student: Tensor, temperature: float = 1.0)
 class _ForwardKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-        gap, p, p_sum = _unnormalised(teacher, temperature)
-        ours, q, q_sum = _unnormalised(student, temperature)
+        gap = _below_largest(teacher, temperature)
+        p = gap.exp()
+        p_sum = p.sum(-1, keepdim=True)
+        q = _below_largest(student, temperature)
+        gap.sub_(q)
+        q.exp_()  # in place: five blocks of [N, V] are alive here, not six
+        q_sum = q.sum(-1, keepdim=True)
         # The difference of logs, token by token: entropies would cancel when the KL is small. The logs of the two
         # normalisers are as large as log V, so their difference is taken before it is rounded to fp32.
         shift = (p_sum.double().log() - q_sum.double().log()).to(gap.dtype)
-        gap.sub_(ours).sub_(shift)
+        gap.sub_(shift)
         if gap.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(gap)):
             gap.masked_fill_(p == 0, 0.0)  # 0 · −inf
         ctx.save_for_backward(p, p_sum, q, q_sum)
@@ -47,10 +52,7 @@ class _ForwardKL(torch.autograd.Function):
         return None, grad.addcmul_(p, slope / p_sum, value=-1), None
 
 
-def _unnormalised(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Softened logits below their largest [N, V], their exponentials, and the sums of these [N, 1]."""
+def _below_largest(logits: Tensor, temperature: float) -> Tensor:
+    """Softened logits below their largest [N, V], a new tensor."""
     below = logits - logits.amax(-1, keepdim=True)
-    if temperature != 1:
-        below.div_(temperature)
-    weights = below.exp()
-    return below, weights, weights.sum(-1, keepdim=True)
+    return below.div_(temperature) if temperature != 1 else below
