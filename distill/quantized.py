@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..artifact import Artifact
+from ..artifact import Artifact, StoredTensor
 from ..errors import EdgestillError, Unsupported
 from ..runtimes.payload import open_payload
 from .fake_quantise import FakeGrid, fake_grid
@@ -132,6 +132,11 @@ def shipped_grids(model: nn.Module, folder: Path, work: Path, ship: Ship) -> dic
                 f"[distill.quantized] {form}:{artifact.manifest.quantisation} stores float32: there is no grid",
                 hint="leave [distill.quantized] out",
             )
+        if form == "coreml":
+            # Which operations stay in float32, and their weights with them, is measured anew when the trained student
+            # is exported: what float16 holds is exact either way.
+            half = fake_grid(form, StoredTensor("", "", "float16"))
+            found = {name: half if grid.name == "float32" else grid for name, grid in found.items()}
         return found
 
 
