@@ -373,8 +373,8 @@ class _Draft:
 
 
 def _speed() -> float:
-    """Floating-point operations a second of one fp32 matrix product on this machine, the best of many: what others
-    take at the moment shall not count."""
+    """Floating-point operations a second of one fp32 matrix product on this machine, the best of many, so that what
+    others take at the moment counts less."""
     import numpy as np
 
     size = 768
