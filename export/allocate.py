@@ -13,19 +13,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from ..bench.reference import Inputs, encode_texts, window_texts
 from ..bench.sample_text import SAMPLE_TEXT
-from ..errors import BadInput, Unsupported, UsageError
+from ..errors import Unsupported, UsageError
 from ..files import hash_json
 from ..progress import Progress, silent
 from .allocate_choice import Option, choose, largest, smallest
 from .allocate_space import Chosen, Space
-from .sensitivity import Ruler, Sensitivities, sensitivities
+from .sensitivity import Ruler, Sensitivities, inputs_of, sensitivities
 
 if TYPE_CHECKING:
     from ..checkpoints import ModelFolder
@@ -37,7 +36,7 @@ __all__ = ["Allocation", "allocate", "pick"]
 Floats = npt.NDArray[np.float32]
 
 # Tokens: for the moments, for the cost of one tensor, for the choice between whole models. Texts of other tasks.
-_MOMENT_TOKENS, _COST_TOKENS, _DEV_TOKENS, _WINDOW = 6144, 512, 1024, 128
+_MOMENT_TOKENS, _COST_TOKENS, _DEV_TOKENS = 6144, 512, 1024
 _MOMENT_TEXTS, _COST_TEXTS, _DEV_TEXTS = 256, 32, 64
 # Costs to these powers: as measured, flatter (errors that come together hide each other), sharper.
 _POWERS = (1.0, 0.8, 1.25)
@@ -86,12 +85,12 @@ def allocate(
     room = _room(space, budget)
     module = load_torch(model.path)
     root = module.encoder if model.task == "feature-extraction" else module
-    texts = _inputs(model, calibration, _MOMENT_TOKENS, _MOMENT_TEXTS)
+    texts = inputs_of(model, calibration, _MOMENT_TOKENS, _MOMENT_TEXTS)
     moments = input_moments(module, root, model.task, texts, progress=progress)
     space.learn(moments)
 
     def ruler(on: Sequence[str], tokens: int, count: int) -> Ruler:
-        inputs = _inputs(model, on, tokens, count)
+        inputs = inputs_of(model, on, tokens, count)
         return Ruler(module, root, model.layers_path, model.task, inputs, turned=model.turned)
 
     costs = sensitivities(
@@ -122,17 +121,17 @@ def _space(model: ModelFolder, config: ExportConfig, calibration: Sequence[str],
 
 def _room(space: Space, budget: Budget) -> int:
     """Bytes for the values of tensors: what the smallest types leave of the budget, and their own."""
-    least = {
-        tensor.name: min(tensor.types, key=lambda type_, of=tensor: space.size_bytes(of, type_))  # type: ignore[misc]
-        for tensor in space.tensors
+    sizes = {
+        tensor.name: {type_: space.size_bytes(tensor, type_) for type_ in tensor.types} for tensor in space.tensors
     }
+    least = {name: min(each, key=each.__getitem__) for name, each in sizes.items()}
     size = space.whole_bytes(least)
     if size > budget.budget_bytes:
         raise UsageError(
             f"{budget.to} is too small: with the smallest types this model takes {size / 1e6:.2f} MB",
             hint=f"{budget.format}@{-(-size // 10**5) / 10:g}MB or more, or a smaller student",
         )
-    return budget.budget_bytes - size + sum(space.size_bytes(tensor, least[tensor.name]) for tensor in space.tensors)
+    return budget.budget_bytes - size + sum(sizes[name][type_] for name, type_ in least.items())
 
 
 def _choose(
@@ -207,16 +206,3 @@ def _note(
     else:
         note += f"; {found.on_dev:.2g} {unit} on dev text ({found.predicted:.2g} predicted)"
     return note + ("; calibrated on built-in sentences" if built_in else "")
-
-
-def _inputs(model: ModelFolder, texts: Sequence[str], tokens: int, count: int) -> Inputs:
-    from ..checkpoints import load_tokenizer
-
-    tokenizer: Any = load_tokenizer(model.path)
-    if model.task == "text-generation":
-        try:
-            return window_texts(tokenizer, texts, window=min(_WINDOW, model.max_length), limit=tokens)
-        except BadInput as error:
-            raise BadInput(error.message, hint="give longer `calibration` and `dev` texts") from None
-    length = min(_WINDOW, model.max_length)
-    return encode_texts(tokenizer, texts[:count], max_length=length, prefix=model.prompt_prefix)

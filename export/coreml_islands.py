@@ -33,6 +33,7 @@ from ..runtimes.mil.interpreter import Interpreter
 from ..runtimes.mil.mixed import LARGE_VALUES, leaves_half, mixed
 from ..runtimes.mil.program import Operation, Program, ValueType
 from ..runtimes.mil.registry import EXACT, OPERATIONS
+from ..runtimes.scoring import kl_divergence
 from .coreml_roles import roles
 
 __all__ = ["DAMAGE", "HEADROOM", "SHARE", "Feed", "Island", "Islands", "as_json", "choose"]
@@ -284,25 +285,13 @@ class _Metric:
 def _metric(task: Task) -> _Metric:
     if task == "feature-extraction":
         return _Metric("error of the dot product with the float32 embedding, beside its square", _similarity, 5e-7)
-    return _Metric("KL to float32, nats a prediction", _divergence, 1e-6)
+    return _Metric("KL to float32, nats a prediction", lambda said, now: kl_divergence(said, now).reshape(-1), 1e-6)
 
 
 def _similarity(said: Floats, now: Floats) -> npt.NDArray[np.float64]:
     """Apps multiply embeddings: a length that is off counts, which a cosine does not see."""
-    said, now = (v.astype(np.float64).reshape(-1, v.shape[-1]) for v in (said, now))  # type: ignore[assignment]
-    found: npt.NDArray[np.float64] = np.abs((said * (said - now)).sum(-1)) / np.square(said).sum(-1)
-    return found
-
-
-def _divergence(said: Floats, now: Floats) -> npt.NDArray[np.float64]:
-    p, q = (_log_softmax(v.astype(np.float64)) for v in (said, now))
-    found: npt.NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1).reshape(-1)
-    return found
-
-
-def _log_softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+    exact, rounded = (v.astype(np.float64).reshape(-1, v.shape[-1]) for v in (said, now))
+    return np.asarray(np.abs((exact * (exact - rounded)).sum(-1)) / np.square(exact).sum(-1))
 
 
 def as_json(islands: Islands) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What both collectors of second moments do: find the matrices of a model, and add up ``x xᵀ`` of what goes into them.
+"""What all do that watch a model's matrix products: find them, tell which read the same input, add up ``x xᵀ`` of it.
 
 :mod:`.moments` weighs each token by its influence, which a backward pass tells; :mod:`.onnx_moments` counts all the
-same, and takes the matrices a few at a time.
+same, and takes the matrices a few at a time; :mod:`.onnx_inputs` keeps some of the rows themselves.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["InputSums", "matrices"]
+__all__ = ["InputSums", "SharedInputs", "matrices"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -28,13 +28,11 @@ def matrices(root: Any, kinds: Sequence[str]) -> dict[str, tuple[str, Any]]:
     }
 
 
-class InputSums:
-    """``sum(w x xᵀ)`` by parameter name. Products that read the same input (queries, keys, values) share one sum, under
-    the name of the first."""
+class SharedInputs:
+    """Which products read the same input, as queries, keys and values do: they go by the name of the first."""
 
     def __init__(self) -> None:
         self.shared: dict[str, str] = {}  # parameter -> the first one with the same input
-        self._sums: dict[str, Any] = {}
         self._last: tuple[Any, str] = (None, "")
 
     def first(self, name: str, given: Any) -> str:
@@ -47,6 +45,14 @@ class InputSums:
     def forget(self) -> None:
         """Between passes: a tensor may come to lie where another did."""
         self._last = (None, "")
+
+
+class InputSums(SharedInputs):
+    """``sum(w x xᵀ)`` by parameter name. Products that read the same input share one sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sums: dict[str, Any] = {}
 
     def add(self, name: str, rows: Any, weights: Any = None) -> None:
         """Add ``rows [n, width]``, each as often as ``weights [n]`` says (once without)."""

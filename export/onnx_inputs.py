@@ -13,6 +13,7 @@ from ..bench.reference import Inputs
 from ..errors import BadInput
 from ..grids import InputGrid, input_grid
 from ..progress import Progress, silent
+from .input_sums import SharedInputs, matrices
 from .moments import batches
 
 __all__ = ["Seen", "fit_grid", "products_of", "watch_inputs"]
@@ -42,18 +43,10 @@ class Seen:
 def products_of(root: Any) -> tuple[dict[str, Any], list[str]]:
     """Parameter -> module of every matrix product of the Transformers model ``root``, and the names of embeddings
     that are the output head too (which is not among the former)."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    names = {id(value): name for name, value in root.named_parameters()}  # a shared one under its first name
-    table = id(root.get_input_embeddings().weight)
-    found = {
-        names[id(part.weight)]: part
-        for part in root.modules()
-        if isinstance(part, (nn.Linear, Conv1D)) and id(part.weight) != table
-    }
-    head = getattr(root, "get_output_embeddings", lambda: None)()
-    return found, [names[table]] if head is not None and id(head.weight) == table else []
+    table = root.get_input_embeddings().weight
+    products = matrices(root, ("Linear", "Conv1D")).values()
+    tied = [name for name, part in products if part.weight is table]
+    return {name: part for name, part in products if part.weight is not table}, tied
 
 
 def watch_inputs(
@@ -64,15 +57,14 @@ def watch_inputs(
     import torch
 
     found: dict[str, Seen] = {}
-    first: dict[str, str] = {}
-    last: list[Any] = [None, ""]
+    inputs_of = SharedInputs()
     stride = max(1, int(inputs.mask.sum()) // _ROWS)
     mask: Any = None
 
     def see(name: str, given: Any) -> None:
-        owner = last[1] if given is last[0] else name
-        last[:] = [given, owner]
-        if first.setdefault(name, owner) != owner:
+        before = inputs_of.shared.get(name)
+        owner = inputs_of.first(name, given)
+        if before not in (None, owner):
             raise BadInput(f"{name} has not the same input each time", hint="export another quantisation")
         if owner != name:
             if name not in found[owner].parameters:
@@ -91,7 +83,7 @@ def watch_inputs(
         with torch.inference_mode():
             for done, (ids, real) in enumerate(batches(inputs, batch_size), start=1):
                 mask = real.bool()
-                last[:] = [None, ""]
+                inputs_of.forget()
                 model(input_ids=ids, attention_mask=real)
                 progress("what goes into each product", min(1.0, done * batch_size / len(inputs.ids)))
     finally:

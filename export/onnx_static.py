@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bench.reference import Inputs, encode_texts, window_texts
 from ..bench.sample_text import SAMPLE_TEXT
 from ..errors import BadInput
 from ..files import atomic_write, hash_json, read_json
 from ..grids import InputGrid, dequantise_affine, quantise_affine
 from ..progress import Progress, silent
 from .onnx_inputs import Seen, fit_grid, products_of, watch_inputs
-from .sensitivity import Ruler
+from .sensitivity import Ruler, inputs_of
 
 if TYPE_CHECKING:
     from ..checkpoints import ModelFolder
@@ -40,7 +39,7 @@ MOST_LOSS = {"feature-extraction": 2e-3}
 """1 - cosine of embeddings; nats of everything else are :data:`_MOST_NATS`."""
 _MOST_NATS = 0.05
 _KEPT_AS = "int8"
-_WINDOW, _GRID_TOKENS, _COST_TOKENS, _DEV_TOKENS = 128, 4096, 512, 1024
+_GRID_TOKENS, _COST_TOKENS, _DEV_TOKENS = 4096, 512, 1024
 _GRID_TEXTS, _COST_TEXTS, _DEV_TEXTS = 64, 16, 48
 _MOST_WORK = 4e12  # floating-point operations for all costs: minutes on one core; more of it takes fewer tokens
 _LEAST_TOKENS = 128
@@ -132,8 +131,8 @@ def _products(
     if file is not None and file.is_file():
         with contextlib.suppress(BadInput, KeyError, TypeError):
             return [_read(row) for row in read_json(file)["products"]]
-    seen = watch_inputs(module, parts, _inputs(model, calibration, _GRID_TOKENS, _GRID_TEXTS), progress)
-    found = [_fitted(one, parts) for one in seen]
+    seen = watch_inputs(module, parts, inputs_of(model, calibration, _GRID_TOKENS, _GRID_TEXTS), progress)
+    found = [_fitted(one, parts, model.turned) for one in seen]
     weights = sum(product.weights for product in found)
     affordable = int(_MOST_WORK / (2.0 * max(1, weights) * max(1, len(found))))
     tokens = max(_LEAST_TOKENS, min(_COST_TOKENS, affordable))
@@ -146,11 +145,12 @@ def _products(
     return found
 
 
-def _fitted(seen: Seen, parts: Mapping[str, Any]) -> Product:
-    columns = [np.square(_weight(parts[name])).sum(axis=0) for name in seen.parameters]
+def _fitted(seen: Seen, parts: Mapping[str, Any], turned: Collection[str]) -> Product:
+    weights = {name: parts[name].weight.detach().numpy() for name in seen.parameters}
+    columns = [np.square(weight).sum(axis=1 if name in turned else 0) for name, weight in weights.items()]
     grid = fit_grid(seen.rows, seen.low, seen.high, np.sum(columns, axis=0))
-    weights = sum(parts[name].weight.numel() for name in seen.parameters)
-    return Product(tuple(seen.parameters), grid, seen.low, seen.high, weights, 0.0)
+    count = sum(weight.size for weight in weights.values())
+    return Product(tuple(seen.parameters), grid, seen.low, seen.high, count, 0.0)
 
 
 def _rounded(ruler: Ruler, parts: Mapping[str, Any], products: Sequence[Product]) -> float:
@@ -158,10 +158,9 @@ def _rounded(ruler: Ruler, parts: Mapping[str, Any], products: Sequence[Product]
     changed, hooks = {}, []
     for product in products:
         for name in product.parameters:
-            part = parts[name]
-            stored = dequantise_affine(quantise_affine(_weight(part), bits=BITS))
-            changed[name] = np.ascontiguousarray(stored.T) if _turned(part) else stored
-            hooks.append(part.register_forward_pre_hook(_rounding(product.grid)))
+            weight = np.ascontiguousarray(ruler.weight(name), np.float32)
+            changed[name] = dequantise_affine(quantise_affine(weight, bits=BITS))
+            hooks.append(parts[name].register_forward_pre_hook(_rounding(product.grid)))
     try:
         return ruler.distance(changed) if changed else 0.0
     finally:
@@ -175,16 +174,6 @@ def _rounding(grid: InputGrid) -> Callable[..., Any]:
     return lambda _, given: (torch.from_numpy(grid.rounded(given[0].numpy())), *given[1:])
 
 
-def _turned(part: Any) -> bool:
-    return type(part).__name__ == "Conv1D"  # GPT-2's matrices are [in, out]
-
-
-def _weight(part: Any) -> Floats:
-    """``[out, in]``, contiguous."""
-    weight = part.weight.detach().numpy()
-    return np.ascontiguousarray(weight.T if _turned(part) else weight, np.float32)
-
-
 def _row(product: Product) -> dict[str, Any]:
     return {**vars(product), "grid": {"scale": float(product.grid.scale), "zero_point": product.grid.zero_point}}
 
@@ -195,14 +184,5 @@ def _read(row: Mapping[str, Any]) -> Product:
 
 
 def _ruler(model: ModelFolder, module: Any, root: Any, texts: Sequence[str], tokens: int, count: int) -> Ruler:
-    return Ruler(module, root, model.layers_path, model.task, _inputs(model, texts, tokens, count))
-
-
-def _inputs(model: ModelFolder, texts: Sequence[str], tokens: int, count: int) -> Inputs:
-    from ..checkpoints import load_tokenizer
-
-    tokenizer: Any = load_tokenizer(model.path)
-    length = min(_WINDOW, model.max_length)
-    if model.task == "text-generation":
-        return window_texts(tokenizer, texts, window=length, limit=tokens)
-    return encode_texts(tokenizer, texts[:count], max_length=length, prefix=model.prompt_prefix)
+    inputs = inputs_of(model, texts, tokens, count)
+    return Ruler(module, root, model.layers_path, model.task, inputs, turned=model.turned)

@@ -21,13 +21,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..artifact import Task
-from ..bench.reference import Inputs
+from ..bench.reference import Inputs, encode_texts, window_texts
 from ..errors import BadInput, MissingDependency
 from ..files import atomic_write, hash_json, read_json
 from ..progress import Progress, silent
@@ -35,7 +35,10 @@ from .allocate_space import Space, Tensor
 from .compensate import output_error
 from .moments import batches
 
-__all__ = ["Cost", "Ruler", "Sensitivities", "measure", "sensitivities"]
+if TYPE_CHECKING:
+    from ..checkpoints import ModelFolder
+
+__all__ = ["Cost", "Ruler", "Sensitivities", "inputs_of", "measure", "sensitivities"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -43,6 +46,7 @@ SCHEMA_VERSION = 1
 # Floating-point operations above which less is measured: seconds, and minutes, on one core.
 _ALL, _EACH = 1e12, 4e12
 _LARGE = 0.1
+_WINDOW = 128
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,21 @@ class Ruler:
         finally:
             for number in range(first):
                 del self._layers[number].forward
+
+
+def inputs_of(model: ModelFolder, texts: Sequence[str], tokens: int, count: int) -> Inputs:
+    """What is measured on: windows of 128 tokens that hold ``tokens`` (text generation), else the first ``count``
+    texts. Raises :class:`BadInput` for texts that are too short."""
+    from ..checkpoints import load_tokenizer
+
+    tokenizer: Any = load_tokenizer(model.path)
+    length = min(_WINDOW, model.max_length)
+    if model.task == "text-generation":
+        try:
+            return window_texts(tokenizer, texts, window=length, limit=tokens)
+        except BadInput as error:
+            raise BadInput(error.message, hint="give longer `calibration` and `dev` texts") from None
+    return encode_texts(tokenizer, texts[:count], max_length=length, prefix=model.prompt_prefix)
 
 
 def sensitivities(

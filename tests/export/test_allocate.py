@@ -136,13 +136,12 @@ def test_cheaper_measures_rank_like_the_full_one(
 
 def _measured(model: Path, texts: Texts) -> Any:
     from edgestill.checkpoints import load_torch
-    from edgestill.export.allocate import _inputs
     from edgestill.export.allocate_gguf import GgufSpace
     from edgestill.export.moments import input_moments
-    from edgestill.export.sensitivity import Ruler, measure
+    from edgestill.export.sensitivity import Ruler, inputs_of, measure
 
     folder, module = open_model(model), load_torch(model)
-    inputs = _inputs(folder, texts[0], 512, 8)
+    inputs = inputs_of(folder, texts[0], 512, 8)
     moments = input_moments(module, module, folder.task, inputs)
     space = GgufSpace(folder, ExportConfig(to="gguf@1MB"))
     space.learn(moments)
@@ -151,11 +150,10 @@ def _measured(model: Path, texts: Texts) -> Any:
 
 def test_replaying_layers_changes_nothing(tiny_llama: Path, texts: Texts) -> None:
     from edgestill.checkpoints import load_torch
-    from edgestill.export.allocate import _inputs
-    from edgestill.export.sensitivity import Ruler
+    from edgestill.export.sensitivity import Ruler, inputs_of
 
     folder, module = open_model(tiny_llama), load_torch(tiny_llama)
-    ruler = Ruler(module, module, folder.layers_path, folder.task, _inputs(folder, texts[0], 256, 8))
+    ruler = Ruler(module, module, folder.layers_path, folder.task, inputs_of(folder, texts[0], 256, 8))
     name = "model.layers.2.mlp.up_proj.weight"
     changed = ruler.parameters[name].detach().numpy() * np.float32(1.1)
     quick = ruler.distance({name: changed})
