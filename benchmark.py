@@ -16,7 +16,7 @@ from .bench.predicted import predicted_rows
 from .bench.profile import Profiled
 from .bench.records import Measurement
 from .bench.sample_text import SAMPLE_TEXT
-from .errors import BadInput, EdgestillError, UsageError
+from .errors import EdgestillError, UsageError
 from .recipe import BenchConfig
 from .runtimes.targets import open_target, parse_target
 from .stages import Observer
@@ -217,14 +217,7 @@ def _counted(
 
 def sample_ids(folder: Path) -> list[list[int]]:
     """The built-in sample as token ids of the first subject's own tokenizer."""
-    from .errors import MissingDependency
+    from .bench.task_files import load_tokenizer_file
 
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise MissingDependency.package("tokenizers", "distill") from None
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise BadInput(f"{folder} has no tokenizer.json", hint="pass an artifact folder or a prepared model folder")
-    tokenizer: Any = Tokenizer.from_file(str(path))
+    tokenizer = load_tokenizer_file(folder)
     return [tokenizer.encode(text).ids for text in SAMPLE_TEXT]

@@ -154,7 +154,7 @@ def _sampling(path: Path) -> dict[str, float]:
 
 def is_setting(value: object) -> bool:
     """Whether ``value`` is a number that a sampler may be given."""
-    return type(value) in (int, float) and 0 <= value < 1 << 31  # type: ignore[operator]
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1 << 31
 
 
 def _first_text(card: Mapping[str, Any], *keys: str) -> str | None:
