@@ -111,8 +111,9 @@ def load_data(
     """Fetch, read and split all sets of a recipe; ``base`` is the recipe's folder.
 
     With ``stream`` the training text is not held in memory (:mod:`edgestill.data_stream`): each file is read once here,
-    of which only the documents that the other splits may take are kept; these splits are the same either way, but
-    where so many documents are empty or taken that a whole file would have to be searched.
+    of which only the documents that the other splits may take are kept. These splits are the same either way, but
+    where so many documents are empty or taken that a whole file would have to be searched, and where a file of
+    sentences holds many texts twice (how much is taken from a document follows their number).
 
     Raises :class:`BadInput` for unreadable or empty files and when a set holds too few examples for its splits.
     """
