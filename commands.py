@@ -116,7 +116,8 @@ def export_verified(request: ExportRequest, observer: Observer) -> ExportResult:
         raise UsageError("nothing to export to", hint="--to onnx:int8,gguf:q4_k_m,coreml:int8")
     if not request.model.exists():
         raise BadInput(f"{request.model} does not exist", hint="pass a Transformers folder or a GGUF file")
-    variants = tuple(_variant(to, request) for to in request.to)
+    asked = [_variant(to, request) for to in request.to]
+    variants = tuple({config.variant: config for config in asked}.values())  # asked for twice, made once
     recipe = Recipe(
         name="export",
         teacher=TeacherConfig(source=str(request.model.resolve())),

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .checkpoints import ModelFolder
     from .data import DataSets
     from .distill import DistillResult
+    from .export.source import Source
     from .recipe_teaching import ExtraTeacherConfig
 
 __all__ = ["STAGES", "RunConfig", "rebuild_report", "run_recipe"]
@@ -371,16 +372,20 @@ class Run:
     def _export(
         self, teacher: ModelFolder, student: ModelFolder, data: DataSets
     ) -> list[tuple[ExportConfig, Artifact]]:
+        from .export.source import Source
+
         calibration, dev = data.split("calibration"), data.split("dev")
-        made = []
-        for config in self.recipe.export:
-            source = teacher if config.of == "teacher" else student
-            with self._not_stopping_the_others(config.variant):
-                made.append((config, self._export_one(config, source, teacher, calibration, dev)))
-        return made
+        wanted = [(config, teacher if config.of == "teacher" else student) for config in self.recipe.export]
+        made: dict[str, Artifact] = {}
+        for model in (student,) if student is teacher else (student, teacher):
+            source = Source(model)
+            for config in source.in_turn([config for config, of in wanted if of is model]):
+                with self._not_stopping_the_others(config.variant):
+                    made[config.variant] = self._export_one(config, source, teacher, calibration, dev)
+        return [(config, made[config.variant]) for config, _ in wanted if config.variant in made]
 
     def _export_one(
-        self, config: ExportConfig, source: ModelFolder, teacher: ModelFolder, calibration: list[str], dev: list[str]
+        self, config: ExportConfig, source: Source, teacher: ModelFolder, calibration: list[str], dev: list[str]
     ) -> Artifact:
         from .export import export
 
@@ -398,7 +403,7 @@ class Run:
 
         def action() -> Mapping[str, Any]:
             artifact = export(
-                source.path, self.folder / "artifacts" / variant, config, calibration=calibration, dev=dev,
+                source, self.folder / "artifacts" / variant, config, calibration=calibration, dev=dev,
                 work=self.folder / "work/sensitivities", lineage=lineage, progress=self.progress,
             )  # fmt: skip
             note = f"{artifact.model_bytes / 1e6:.1f} MB, {artifact.manifest.contents}"

@@ -32,6 +32,11 @@ class Quantisation:
         """Whether what is stored is measured on `calibration` text and chosen on `dev` text."""
         return False
 
+    @property
+    def runs_model(self) -> bool:
+        """Whether the float model is run (in torch) to make such an artifact."""
+        return False
+
 
 def unknown(form: str, name: str, known: Sequence[str]) -> ValueError:
     """The error for a name that ``form`` does not know."""

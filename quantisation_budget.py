@@ -36,6 +36,11 @@ class Budget(Quantisation):
         """The types are chosen."""
         return True
 
+    @property
+    def runs_model(self) -> bool:
+        """By what each costs."""
+        return True
+
 
 def parse(form: str, size: str) -> Budget:
     """Read what follows ``FORMAT@``; raises ``ValueError``. The name is the same for all spellings of one size.

@@ -51,6 +51,11 @@ class CoremlQuantisation(Quantisation):
     palette: bool = False
 
     @property
+    def runs_model(self) -> bool:
+        """It is traced."""
+        return True
+
+    @property
     def coded(self) -> bool:
         """Are weights stored as codes?"""
         return self.bits < 16

@@ -54,6 +54,11 @@ class GgufQuantisation(Quantisation):
 
     importance: bool = False
 
+    @property
+    def runs_model(self) -> bool:
+        """For the importance matrix."""
+        return self.importance
+
 
 def parse(name: str) -> GgufQuantisation:
     """Read what follows ``gguf:``; raises ``ValueError``.

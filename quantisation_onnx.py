@@ -50,6 +50,11 @@ class OnnxQuantisation(Quantisation):
         return self.base == "int8-static"
 
     @property
+    def runs_model(self) -> bool:
+        """Compensation needs to know what goes into each product, too."""
+        return self.reads_text or self.gptq
+
+    @property
     def bits(self) -> Literal[4, 8, 16, 32]:
         """Bits of a stored weight."""
         known: dict[str, Literal[4, 8, 16, 32]] = {"fp32": 32, "fp16": 16, "int4": 4}

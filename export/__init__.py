@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +11,13 @@ from ..progress import Progress, silent
 
 if TYPE_CHECKING:
     from ..artifact import Artifact, Format
-    from ..checkpoints import ModelFolder
     from ..quantisation import Budget
     from ..recipe import ExportConfig
     from .allocate_space import Chosen
+    from .source import Source
     from .writer import Draft
 
-    Writer = Callable[[ModelFolder, Path, Sequence[str], Progress], Draft]
+    Writer = Callable[[Source, Path, Sequence[str], Progress], Draft]
 
 __all__ = ["export"]
 
@@ -31,7 +30,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 
 
 def export(
-    model: Path,
+    model: Path | Source,
     out: Path,
     config: ExportConfig,
     *,
@@ -43,6 +42,9 @@ def export(
     progress: Progress = silent,
 ) -> Artifact:
     """Write the model folder ``model`` as one artifact folder ``out``, in the format and quantisation of ``config``.
+
+    Several artifacts of one model share what is read and measured of it, and a single load, when ``model`` is a
+    :class:`.source.Source`; each is the same as from a call of its own, byte for byte.
 
     ``calibration`` are texts for an importance matrix, where the quantisation uses one. ``types`` gives parameters, by
     their names in the model folder, other types of the same format. A size in place of a quantisation (``gguf@60MB``)
@@ -62,13 +64,12 @@ def export(
     from ..files import atomic_directory
     from ..quantisation import Budget
     from . import writer
+    from .source import Source
 
-    folder = open_model(model)
+    source = model if isinstance(model, Source) else Source(open_model(model))
+    folder = source.folder
     writer.check_room(out, 2 * folder.size_bytes + (64 << 20))
-    aside = ThreadPoolExecutor(1)
-    identity = aside.submit(lambda: folder.model_id)  # a hash of all weights: meanwhile they are checked and written
-    aside.shutdown(wait=False)
-    writer.check_model(folder)
+    source.check()
     budget = config.parsed
     chosen: Chosen | None = None
     if isinstance(budget, Budget):
@@ -76,10 +77,10 @@ def export(
 
         if types:
             raise UsageError(f"{config.to} chooses the types itself", hint="give a quantisation, or no types")
-        chosen = allocate(folder, config, budget, calibration=calibration, dev=dev, work=work, progress=progress)
+        chosen = allocate(source, config, budget, calibration=calibration, dev=dev, work=work, progress=progress)
     form, write = _writer(config, types, chosen, dev, work)
     with atomic_directory(out) as temporary:
-        draft = write(folder, temporary, calibration, progress)
+        draft = write(source, temporary, calibration, progress)
         if config.ort:
             from .onnx_ort import write_ort
 
@@ -107,7 +108,7 @@ def export(
                 minimum_runtime=draft.minimum_runtime,
                 lineage={
                     **(lineage or {}),
-                    "model_id": identity.result(),
+                    "model_id": source.model_id,
                     "versions": {"edgestill": __version__, **writer.versions("numpy", *PACKAGES[form])},
                 },
                 license=folder.license,
@@ -142,18 +143,18 @@ def _writer(
     if config.format == "gguf":
         from . import gguf
 
-        return "gguf", lambda model, out, texts, tell: gguf.write(model, out, config, texts, tell, **told)
+        return "gguf", lambda source, out, texts, tell: gguf.write(source, out, config, texts, tell, **told)
     if config.format == "onnx":
         from . import onnx
 
         if config.quantisation == "int8-static":
             from .onnx_static import plan_static
 
-            return "onnx", lambda model, out, texts, tell: onnx.write(
-                model, out, config, texts, tell, **told,
-                static=plan_static(model, calibration=texts, dev=dev, work=work, progress=tell),
+            return "onnx", lambda source, out, texts, tell: onnx.write(
+                source, out, config, texts, tell, **told,
+                static=plan_static(source, calibration=texts, dev=dev, work=work, progress=tell),
             )  # fmt: skip
-        return "onnx", lambda model, out, texts, tell: onnx.write(model, out, config, texts, tell, **told)
+        return "onnx", lambda source, out, texts, tell: onnx.write(source, out, config, texts, tell, **told)
     from . import coreml
 
-    return "coreml", lambda model, out, texts, tell: coreml.write(model, out, config, texts, tell, **told)
+    return "coreml", lambda source, out, texts, tell: coreml.write(source, out, config, texts, tell, **told)

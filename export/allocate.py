@@ -24,22 +24,23 @@ from ..files import hash_json
 from ..progress import Progress, silent
 from .allocate_choice import Option, choose, largest, smallest
 from .allocate_space import Chosen, Space
-from .sensitivity import Ruler, Sensitivities, inputs_of, sensitivities
+from .sensitivity import Ruler, Sensitivities, ruler_of, sensitivities
 
 if TYPE_CHECKING:
     from ..checkpoints import ModelFolder
     from ..quantisation import Budget
     from ..recipe import ExportConfig
+    from .source import Source
 
-__all__ = ["Allocation", "allocate", "pick"]
+__all__ = ["ON_COSTS", "ON_DEV", "ON_MOMENTS", "POWERS", "Allocation", "allocate", "pick"]
 
 Floats = npt.NDArray[np.float32]
 
-# Tokens: for the moments, for the cost of one tensor, for the choice between whole models. Texts of other tasks.
-_MOMENT_TOKENS, _COST_TOKENS, _DEV_TOKENS = 6144, 512, 1024
-_MOMENT_TEXTS, _COST_TEXTS, _DEV_TEXTS = 256, 32, 64
+# How much text (tokens of text generation, texts of other tasks) the moments, the cost of one tensor and the choice
+# between whole models are taken on.
+ON_MOMENTS, ON_COSTS, ON_DEV = (6144, 256), (512, 32), (1024, 64)
 # Costs to these powers: as measured, flatter (errors that come together hide each other), sharper.
-_POWERS = (1.0, 0.8, 1.25)
+POWERS = (1.0, 0.8, 1.25)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Allocation:
 
 
 def allocate(
-    model: ModelFolder,
+    source: Source,
     config: ExportConfig,
     budget: Budget,
     *,
@@ -63,60 +64,51 @@ def allocate(
     work: Path | None = None,
     progress: Progress = silent,
 ) -> Chosen:
-    """What the writer of ``config.format`` is told so that the model takes at most ``budget``.
+    """What the writer of ``config.format`` is told so that the model of ``source`` takes at most ``budget``.
 
     Without ``calibration`` or ``dev`` texts a few built-in sentences stand in, which ``contents`` says. ``work`` keeps
     the sensitivities. Raises :class:`UsageError` with the smallest possible size when the budget is too small, and
     :class:`Unsupported` for a format whose writer takes no types.
     """
-    from ..checkpoints import load_torch
-    from .moments import input_moments
-
     given, built_in = calibration, not calibration or not dev
     calibration = list(calibration) or list(SAMPLE_TEXT[::2])
     dev = list(dev) or list(SAMPLE_TEXT[1::2])
-    # What can't be done is found before the work that takes minutes.
-    space = _space(model, config, given, progress)
-    if not space.tensors:
-        raise Unsupported(
-            f"{budget.to}: no tensor has rows that a quantised type can take",
-            hint="export to gguf:f16" if config.format == "gguf" else f"export to {config.format}:fp16",
-        )
-    room = _room(space, budget)
-    module = load_torch(model.path)
-    root = module.encoder if model.task == "feature-extraction" else module
-    texts = inputs_of(model, calibration, _MOMENT_TOKENS, _MOMENT_TEXTS)
-    moments = input_moments(module, root, model.task, texts, progress=progress)
-    space.learn(moments)
-
-    def ruler(on: Sequence[str], tokens: int, count: int) -> Ruler:
-        inputs = inputs_of(model, on, tokens, count)
-        return Ruler(module, root, model.layers_path, model.task, inputs, turned=model.turned)
-
-    costs = sensitivities(
-        work, {"model_id": model.model_id, "format": config.format, "text_sha256": hash_json(calibration)}, space,
-        lambda: ruler(calibration, _COST_TOKENS, _COST_TEXTS), moments, progress,
-    )  # fmt: skip
-    judge = ruler(dev, _DEV_TOKENS, _DEV_TEXTS)
-    found = pick(
-        costs, room, lambda types: judge.distance(_decoded(space, judge, types)), progress,
-        lambda types: space.whole_bytes(types) - budget.budget_bytes,
-    )  # fmt: skip
-    return space.chosen(found.types, _note(model, budget, found, costs, room, built_in, space.how))
+    with source.keeping():  # one load for a conversion to Core ML and for what comes after it
+        # What can't be done is found before the work that takes minutes.
+        space = _space(source, config, given, progress)
+        if not space.tensors:
+            raise Unsupported(
+                f"{budget.to}: no tensor has rows that a quantised type can take",
+                hint="export to gguf:f16" if config.format == "gguf" else f"export to {config.format}:fp16",
+            )
+        room = _room(space, budget)
+        moments = source.moments(calibration, *ON_MOMENTS, progress=progress)
+        space.learn(moments)
+        costs = sensitivities(
+            work, {"model_id": source.model_id, "format": config.format, "text_sha256": hash_json(calibration)}, space,
+            lambda: ruler_of(source, calibration, *ON_COSTS), moments, progress,
+        )  # fmt: skip
+        judge = ruler_of(source, dev, *ON_DEV)
+        found = pick(
+            costs, room, lambda types: judge.distance(_decoded(space, judge, types)), progress,
+            lambda types: space.whole_bytes(types) - budget.budget_bytes,
+        )  # fmt: skip
+    note = _note(source.folder, budget, found, costs, room, built_in, space.how)
+    return space.chosen(found.types, note)
 
 
-def _space(model: ModelFolder, config: ExportConfig, calibration: Sequence[str], progress: Progress) -> Space:
+def _space(source: Source, config: ExportConfig, calibration: Sequence[str], progress: Progress) -> Space:
     if config.format == "gguf":
         from .allocate_gguf import GgufSpace
 
-        return GgufSpace(model, config)
+        return GgufSpace(source, config)
     if config.format == "onnx":
         from .allocate_onnx import OnnxSpace
 
-        return OnnxSpace(model, config)
+        return OnnxSpace(source.folder, config)
     from .allocate_coreml import CoremlSpace
 
-    return CoremlSpace(model, config, calibration, progress)
+    return CoremlSpace(source, config, calibration, progress)
 
 
 def _room(space: Space, budget: Budget) -> int:
@@ -157,7 +149,7 @@ def pick(
     """The best of a few choices that fit into ``room`` bytes, by ``judge``, which tells how far a model is off.
     ``over`` tells by how many bytes a whole file of these types is too large."""
     tried: dict[tuple[str, ...], Allocation] = {}
-    for number, power in enumerate(_POWERS):
+    for number, power in enumerate(POWERS):
         options = {
             name: [Option(type_, cost.size_bytes, cost.loss**power) for type_, cost in each.items()]
             for name, each in costs.items()
@@ -167,7 +159,7 @@ def pick(
         key = tuple(types.values())
         if key in tried:
             continue
-        progress("choosing the types", number / len(_POWERS))
+        progress("choosing the types", number / len(POWERS))
         tried[key] = Allocation(
             types,
             sum(option.size_bytes for option in choice.values()),

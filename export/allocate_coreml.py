@@ -25,12 +25,13 @@ from . import coreml, coreml_package
 from .allocate_space import Chosen, Tensor, for_two_uses
 from .compensate import DAMPING
 from .coreml_compress import Coder, compressible, fitting
+from .coreml_islands import describe
 from .onnx_compensation import compensate
 from .writer import Weights
 
 if TYPE_CHECKING:
-    from ..checkpoints import ModelFolder
     from ..recipe import ExportConfig
+    from .source import Source
 
 __all__ = ["CoremlSpace"]
 
@@ -46,19 +47,18 @@ _NEWEST = 18
 
 
 class CoremlSpace:
-    """The matrices of ``model`` that its program multiplies by or looks up, for the system that ``config`` asks for, or
+    """The matrices of a model that its program multiplies by or looks up, for the system that ``config`` asks for, or
     iOS 18, which knows more types. It is converted once, its float32 islands measured on ``calibration``, and every
     size and the package are of that."""
 
     recipe = "coreml-1"
     how = "codes of 4 bits rounded with compensation"
 
-    def __init__(
-        self, model: ModelFolder, config: ExportConfig, calibration: Sequence[str], progress: Progress
-    ) -> None:
+    def __init__(self, source: Source, config: ExportConfig, calibration: Sequence[str], progress: Progress) -> None:
+        model = source.folder
         asked = config.min_target or f"iOS{_NEWEST}"
         plain = config.model_copy(update={"to": f"coreml:{_FLOAT}", "name": config.variant, "min_target": asked})
-        made = coreml.convert(model, plain, {}, progress, calibration)
+        made = coreml.convert(source, plain, {}, progress, calibration)
         description = f"{model.task}, types chosen for {config.quantisation}, by edgestill"
         self._converted = dataclasses.replace(made, description=description)
         self._license = model.license
@@ -112,8 +112,9 @@ class CoremlSpace:
         )
 
     def chosen(self, types: Mapping[str, str], note: str) -> Chosen:
-        """See :class:`.allocate_space.Space`."""
+        """See :class:`.allocate_space.Space`. What is computed in float32 is told, as in any package."""
         coder = _Compensating({stored: self._moments.get(name) for stored, name in self._names.items()})
+        note += describe(self._converted.islands)
         return Chosen(types, f"coreml:{_FLOAT}", note, {"converted": self._converted, "coder": coder})
 
 

@@ -23,8 +23,8 @@ from .gguf_layout import place
 from .writer import Weights
 
 if TYPE_CHECKING:
-    from ..checkpoints import ModelFolder
     from ..recipe import ExportConfig
+    from .source import Source
 
 __all__ = ["GgufSpace"]
 
@@ -39,13 +39,14 @@ _OF_256 = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q4_1", "q5_k", "q6_k", "q8_0", _FL
 
 
 class GgufSpace:
-    """The matrices of ``model`` whose rows are whole blocks."""
+    """The matrices of a model whose rows are whole blocks."""
 
     recipe = "ggml-compensated-1"
     how = "rounded with compensation"
 
-    def __init__(self, model: ModelFolder, config: ExportConfig) -> None:
-        self._model, self._config = model, config
+    def __init__(self, source: Source, config: ExportConfig) -> None:
+        self._source, self._config = source, config
+        model = source.folder
         self._moments: Mapping[str, Floats] = {}
         weights = Weights(model.path)
         self._placed = place(model, {name: weights.shape(name) for name in weights})
@@ -75,7 +76,7 @@ class GgufSpace:
         key = (name, layout_of(type_).width)
         if self._prepared is None or self._prepared[0] != key:
             moment = self._moments.get(name)
-            damping = TIED_DAMPING if name == self._model.embeddings_path else DAMPING
+            damping = TIED_DAMPING if name == self._source.folder.embeddings_path else DAMPING
             self._prepared = (key, prepare(np.eye(rows.shape[1]) if moment is None else moment, key[1], damping))
         return encode_ggml(type_, rows, self._prepared[1])
 
@@ -100,7 +101,7 @@ class GgufSpace:
 
         plain = self._config.model_copy(update={"to": f"gguf:{_FLOAT}"})
         with tempfile.TemporaryDirectory(prefix="edgestill-") as scratch:
-            draft = gguf.write(self._model, Path(scratch), plain, (), silent)
+            draft = gguf.write(self._source, Path(scratch), plain, (), silent)
             whole = (Path(scratch) / draft.entry).stat().st_size
         return whole - sum(_aligned(prod(tensor.shape) * ggml_grid(_FLOAT).size_bytes) for tensor in self.tensors)
 

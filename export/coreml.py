@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,14 @@ from ..files import atomic_write
 from ..progress import Progress, silent
 from . import coreml_target
 from .coreml_compress import Coder, Fallback
-from .coreml_islands import Islands, as_json
+from .coreml_islands import Islands, as_json, describe
 from .coreml_target import Target
 from .writer import Draft, Weights, context_length
 
 if TYPE_CHECKING:
     from ..checkpoints import ModelFolder
     from ..recipe import ExportConfig
+    from .source import Source
 
 __all__ = ["ENTRY", "Converted", "convert", "write"]
 
@@ -39,7 +39,7 @@ _NO_PROGRAM = {
 
 
 def write(
-    model: ModelFolder,
+    source: Source,
     folder: Path,
     config: ExportConfig,
     calibration: Sequence[str] = (),
@@ -61,7 +61,8 @@ def write(
     from ..runtimes.payload_coreml import histogram
     from . import coreml_package
 
-    made = converted or convert(model, config, types or {}, progress, calibration)
+    model = source.folder
+    made = converted or convert(source, config, types or {}, progress, calibration)
     target, tensors = made.target, made.tensors
     plan = coreml_package.plan_of(made.program, tensors, target.quantisation, types or {})
     progress(f"{config.variant}: compressing and writing" if plan else f"{config.variant}: writing")
@@ -109,14 +110,14 @@ class Converted:
 
 
 def convert(
-    model: ModelFolder, config: ExportConfig, types: Mapping[str, str], progress: Progress, texts: Sequence[str]
+    source: Source, config: ExportConfig, types: Mapping[str, str], progress: Progress, texts: Sequence[str]
 ) -> Converted:
-    """``model`` traced and converted, its weights found again; its float32 islands are measured on ``texts``, or
-    on built-in lines when there are none. Raises as :func:`write` does."""
-    from ..checkpoints import load_torch
+    """The model traced and converted, its weights found again; its float32 islands are measured on ``texts``, or on
+    built-in lines when there are none. Raises as :func:`write` does."""
     from ..runtimes.milproto import load_program
     from . import coreml_convert, coreml_package
 
+    model = source.folder
     if model.task == "token-classification":
         raise Unsupported("Core ML: no program of a token-classification model", hint="export it to onnx")
     generates = model.task == "text-generation"
@@ -129,15 +130,15 @@ def convert(
     context = context_length(model, config, _LONGEST_CONTEXT if generates else None)
     target = coreml_target.choose(model, config, context, types)
     progress(f"{config.variant}: tracing and converting")
-    torch_model = load_torch(model.path)
+    torch_model = source.torch()[0]
     used = _parameters(torch_model, model)
     cache = _cache_bytes(torch_model) if generates else None
     precision: Any = "float32" if target.quantisation.bits == 32 else "islands"
     if generates:
-        converted = coreml_convert.convert_decoder(model, torch_model, context, precision=precision, texts=texts)
+        converted = coreml_convert.convert_decoder(source, torch_model, context, precision=precision, texts=texts)
     else:
         converted = coreml_convert.convert_encoder(
-            model, torch_model, target.lengths, shapes=target.shapes, precision=precision, ios=target.ios,
+            source, torch_model, target.lengths, shapes=target.shapes, precision=precision, ios=target.ios,
             texts=texts,
         )  # fmt: skip
     del torch_model
@@ -151,12 +152,7 @@ def _contents(
     islands: Islands | None,
 ) -> str:  # fmt: skip
     """What is inside, what is computed in float32, and which parameters could not be stored as asked."""
-    said = ", ".join(f"{row.tensors} tensors {name}" for name, row in rows.items())
-    if islands is not None and islands.found:
-        kinds = Counter({island.kind: 0 for island in islands.found})
-        for island in islands.found:
-            kinds[island.kind] += len(island.operations)
-        said += f"; in float32: {', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}"
+    said = ", ".join(f"{row.tensors} tensors {name}" for name, row in rows.items()) + describe(islands)
     if not fallbacks:
         return said
     names = {tensor.stored: tensor.name for tensor in tensors}

@@ -22,7 +22,7 @@ from .coreml_programs import DecoderProgram, EncoderProgram
 
 if TYPE_CHECKING:
     from ..artifact import Task
-    from ..checkpoints import ModelFolder
+    from .source import Source
 
 __all__ = ["Converted", "MeasuredIslands", "Precision", "convert_decoder", "convert_encoder"]
 
@@ -117,7 +117,7 @@ def _convert(
 
 
 def convert_encoder(
-    folder: ModelFolder,
+    source: Source,
     model: Any,
     lengths: tuple[int, ...],
     *,
@@ -135,8 +135,7 @@ def convert_encoder(
     import numpy as np
     import torch
 
-    ct = import_coremltools()
-
+    ct, folder = import_coremltools(), source.folder
     context = lengths[-1]
     length = context if shapes == "fixed" else lengths[0] if shapes == "enumerated" else min(8, context)
     example = (torch.full((1, length), 2, dtype=torch.int32), torch.ones(1, length, dtype=torch.int32))
@@ -146,7 +145,7 @@ def convert_encoder(
     elif shapes == "dynamic":
         size = (1, ct.RangeDim(lower_bound=1, upper_bound=context, default=length))
     output = "sentence_embedding" if folder.pooling is not None else "logits"
-    half = MeasuredIslands(folder.task, feeds_of(folder, texts, lengths, fixed=shapes != "dynamic"))
+    half = MeasuredIslands(folder.task, feeds_of(source, texts, lengths, fixed=shapes != "dynamic"))
     converted = _convert(
         EncoderProgram(folder, model, context), example, precision, half,
         inputs=[ct.TensorType(name, size, np.int32) for name in ("input_ids", "attention_mask")],
@@ -157,7 +156,7 @@ def convert_encoder(
 
 
 def convert_decoder(
-    folder: ModelFolder, model: Any, context: int, *, precision: Precision = "islands", texts: Sequence[str] = ()
+    source: Source, model: Any, context: int, *, precision: Precision = "islands", texts: Sequence[str] = ()
 ) -> Converted:
     """A decoder with its KV cache as states, for iOS 18: int32 ``input_ids`` [1, q], float16 ``causal_mask``
     [1, 1, q, e], float16 ``logits`` [1, q, V] (float32 in that precision), float16 states
@@ -167,15 +166,14 @@ def convert_decoder(
     import numpy as np
     import torch
 
-    ct = import_coremltools()
-
+    ct, folder = import_coremltools(), source.folder
     program = DecoderProgram(folder, model, context)
     dtype = np.float32 if precision == "float32" else np.float16
     # Three new tokens after two: no two sizes are equal, so the trace can't take one for the other.
     example = (torch.full((1, 3), 2, dtype=torch.int32), torch.zeros(1, 1, 3, 5))
     query = ct.RangeDim(lower_bound=1, upper_bound=context, default=1)
     end = ct.RangeDim(lower_bound=1, upper_bound=context, default=1)
-    half = MeasuredIslands(folder.task, feeds_of(folder, texts, (context,)))
+    half = MeasuredIslands(folder.task, feeds_of(source, texts, (context,)))
     converted = _convert(
         program, example, precision, half,
         inputs=[

@@ -12,7 +12,7 @@ from ..bench.reference import encode_texts
 from ..runtimes.coreml_session import causal_mask
 
 if TYPE_CHECKING:
-    from ..checkpoints import ModelFolder
+    from .source import Source
 
 __all__ = ["BUILT_IN", "Feeds", "feeds_of"]
 
@@ -38,17 +38,15 @@ class Feeds:
     source: str
 
 
-def feeds_of(folder: ModelFolder, texts: Sequence[str], lengths: Sequence[int], *, fixed: bool = False) -> Feeds:
+def feeds_of(source: Source, texts: Sequence[str], lengths: Sequence[int], *, fixed: bool = False) -> Feeds:
     """Inputs from the first ``texts`` that say something, else from :data:`BUILT_IN`.
 
     ``lengths``: what the program takes, rising, the last the most; ``fixed`` ones are filled up with padding.
     """
-    from ..checkpoints import load_tokenizer
-
     given = [text for text in texts if text.strip()]
     chosen = given[:_TEXTS] or list(BUILT_IN)
-    source = f"{len(chosen)} calibration texts" if given else "built-in lines"
-    tokenizer = load_tokenizer(folder.path)
+    said = f"{len(chosen)} calibration texts" if given else "built-in lines"
+    folder, tokenizer = source.folder, source.tokenizer
     prefix = folder.prompt_prefix or ""
     most = lengths[-1]
     generates = folder.task == "text-generation"
@@ -68,4 +66,4 @@ def feeds_of(folder: ModelFolder, texts: Sequence[str], lengths: Sequence[int], 
         padding = ((0, 0), (0, size - ids.shape[1]))
         return {"input_ids": np.pad(ids, padding), "attention_mask": np.pad(np.ones_like(ids), padding)}
 
-    return Feeds(tuple(feed(row) for row in rows), tuple(feed(row) for row in long), source)
+    return Feeds(tuple(feed(row) for row in rows), tuple(feed(row) for row in long), said)

@@ -20,6 +20,7 @@ Same program and texts, same islands.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,7 +37,7 @@ from ..runtimes.mil.registry import EXACT, OPERATIONS
 from ..runtimes.scoring import kl_divergence
 from .coreml_roles import roles
 
-__all__ = ["DAMAGE", "HEADROOM", "SHARE", "Feed", "Island", "Islands", "as_json", "choose"]
+__all__ = ["DAMAGE", "HEADROOM", "SHARE", "Feed", "Island", "Islands", "as_json", "choose", "describe"]
 
 Floats = npt.NDArray[np.float32]
 Feed = Mapping[str, npt.NDArray[Any]]
@@ -292,6 +293,16 @@ def _similarity(said: Floats, now: Floats) -> npt.NDArray[np.float64]:
     """Apps multiply embeddings: a length that is off counts, which a cosine does not see."""
     exact, rounded = (v.astype(np.float64).reshape(-1, v.shape[-1]) for v in (said, now))
     return np.asarray(np.abs((exact * (exact - rounded)).sum(-1)) / np.square(exact).sum(-1))
+
+
+def describe(islands: Islands | None) -> str:
+    """For ``contents``: ``"; in float32: 9 add, 2 real_div"``, or nothing."""
+    if islands is None or not islands.found:
+        return ""
+    kinds: Counter[str] = Counter()
+    for island in islands.found:
+        kinds[island.kind] += len(island.operations)
+    return f"; in float32: {', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}"
 
 
 def as_json(islands: Islands) -> dict[str, Any]:

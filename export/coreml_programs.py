@@ -1,6 +1,6 @@
 """What is traced for Core ML: a model folder's torch model, wrapped so that the program holds in float16.
 
-The wrappers change what a trace would otherwise write badly, and never the model's own files:
+The wrappers change what a trace would otherwise write badly, in a twin of the model that shares its weights:
 
 * attention adds a finite mask (−10⁴ for what is hidden; −∞ times 0 is NaN in float16), scales the query before the
   product, and lets grouped heads share their keys by broadcasting;
@@ -13,6 +13,7 @@ All take one sequence (batch 1).
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingDependency, Unsupported
@@ -28,7 +29,7 @@ except ModuleNotFoundError as missing:
 if TYPE_CHECKING:
     from ..checkpoints import ModelFolder
 
-__all__ = ["HIDDEN", "DecoderProgram", "EncoderProgram", "StateCache"]
+__all__ = ["HIDDEN", "DecoderProgram", "EncoderProgram", "StateCache", "twin"]
 
 HIDDEN = -1e4
 """What the mask adds to a score that must not count: e to it is 0 in float32, and it is finite in float16."""
@@ -62,6 +63,12 @@ def _use_our_attention(model: Any) -> None:
             module.config._attn_implementation = _ATTENTION
 
 
+def twin(model: nn.Module) -> Any:
+    """Modules like those of ``model`` on the very same weights: what changes about them leaves ``model`` as it is."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
 class EncoderProgram(nn.Module):
     """A sentence encoder with its pooling, or a classifier: (input_ids, attention_mask) [1, T] -> [1, D] or [1, C]."""
 
@@ -70,6 +77,7 @@ class EncoderProgram(nn.Module):
         from ..checkpoints import ARCHITECTURES
 
         self.pooling, self.normalize = folder.pooling, folder.normalize
+        model = twin(model)
         self.model: Any = model.encoder if folder.pooling is not None else model
         row = ARCHITECTURES[folder.architecture]
         base = self.model if folder.pooling is not None else getattr(self.model, row.base)
@@ -160,7 +168,7 @@ class DecoderProgram(nn.Module):
 
     def __init__(self, folder: ModelFolder, model: Any, context: int) -> None:
         super().__init__()
-        self.model = model
+        self.model = model = twin(model)
         _use_our_attention(model)
         config = model.config
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -30,6 +30,7 @@ from .writer import Draft, Weights, context_length
 if TYPE_CHECKING:
     from ..checkpoints import ModelFolder
     from ..recipe import ExportConfig
+    from .source import Source
 
 __all__ = ["write"]
 
@@ -42,7 +43,7 @@ _PIECE_VALUES = 1 << 21
 
 
 def write(
-    model: ModelFolder,
+    source: Source,
     folder: Path,
     config: ExportConfig,
     calibration: Sequence[str],
@@ -51,7 +52,7 @@ def write(
     types: Mapping[str, str] | None = None,
     encode: Encode | None = None,
 ) -> Draft:
-    """Write ``model`` as ``folder/model.gguf`` in one of :data:`edgestill.quantisation_gguf.FILE_TYPES`.
+    """Write ``source`` as ``folder/model.gguf`` in one of :data:`edgestill.quantisation_gguf.FILE_TYPES`.
 
     The file is the one that ``llama_model_quantize`` would make of the float32 model, byte for byte, but made piece by
     piece with GGML's own quantisers. ``types`` gives parameters, by name, another grid (``"q5_k"``, ``"iq4_xs"``):
@@ -64,6 +65,7 @@ def write(
     :class:`edgestill.errors.MissingDependency` without ``llama-cpp-python``.
     """
     engine()
+    model = source.folder
     kind = parse(config.quantisation)
     length = context_length(model, config)
     weights = Weights(model.path)
@@ -71,7 +73,7 @@ def write(
     needed = encode is None and any(grid in NEED_IMPORTANCE for grid in (types or {}).values())
     weighed = kind.importance or needed
     grids = tensor_types(placed, _mixture(model, kind.base, importance=weighed), types)
-    importance = importance_matrix(model, calibration, progress) if weighed else None
+    importance = importance_matrix(source, calibration, progress) if weighed else None
     if encode is None:
         _check_importance(placed, grids, kind.base, importance)
     progress(f"{config.variant}: tokenizer", 0.0)

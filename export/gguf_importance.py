@@ -23,7 +23,7 @@ from ..files import atomic_write, hash_json
 from ..progress import Progress, silent
 
 if TYPE_CHECKING:
-    from ..checkpoints import ModelFolder
+    from .source import Source
 
 __all__ = ["Importance", "importance_matrix", "measure_importance"]
 
@@ -54,7 +54,7 @@ class Importance:
         return np.maximum(found, np.float32(_LEAST * mean)) if mean > 0 else np.ones_like(found)
 
 
-def importance_matrix(model: ModelFolder, texts: Sequence[str], progress: Progress = silent) -> Importance:
+def importance_matrix(source: Source, texts: Sequence[str], progress: Progress = silent) -> Importance:
     """:func:`measure_importance`, or what it gave for the same model and texts before.
 
     Raises :class:`Unsupported` when there are no texts.
@@ -64,12 +64,12 @@ def importance_matrix(model: ModelFolder, texts: Sequence[str], progress: Progre
             "an importance matrix needs calibration texts, and there are none",
             hint="give a [[data.text]] of the recipe calibration = 200, or take a type without one, like q4_k_m",
         )
-    key = hash_json({"version": _VERSION, "model": model.model_id, "texts": list(texts)})
+    key = hash_json({"version": _VERSION, "model": source.model_id, "texts": list(texts)})
     path = cache_folder() / "importance" / f"{key}.npz"
     known = _load(path, key)
     if known is not None:
         return known
-    measured = measure_importance(model, texts, progress)
+    measured = measure_importance(source, texts, progress)
     found = Importance(measured.values, measured.texts, measured.tokens, key)
     buffer = io.BytesIO()
     np.savez(buffer, **{"texts:count": found.texts, "tokens:count": found.tokens}, **found.values)  # type: ignore[arg-type]
@@ -77,7 +77,7 @@ def importance_matrix(model: ModelFolder, texts: Sequence[str], progress: Progre
     return found
 
 
-def measure_importance(model: ModelFolder, texts: Sequence[str], progress: Progress = silent) -> Importance:
+def measure_importance(source: Source, texts: Sequence[str], progress: Progress = silent) -> Importance:
     """Run ``texts`` (each cut at 512 tokens) through the model and average the squared inputs of every matrix product.
 
     One text at a time, so that no padding is counted. Memory: the model in float32. An output head that is tied to the
@@ -88,11 +88,9 @@ def measure_importance(model: ModelFolder, texts: Sequence[str], progress: Progr
     except ModuleNotFoundError:
         raise MissingDependency.package("torch", "distill") from None
 
-    from ..checkpoints import load_tokenizer, load_torch
-
-    loaded = load_torch(model.path)
-    root = loaded.encoder if model.task == "feature-extraction" else loaded
-    tokenizer = load_tokenizer(model.path)
+    model = source.folder
+    _model, root = source.torch()
+    tokenizer = source.tokenizer
     length = min(model.max_length, _MOST_TOKENS)
     sums: dict[str, Any] = {}
     rows: dict[str, int] = {}

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..recipe import ExportConfig
     from .onnx_graph import InputMoments
     from .onnx_static import StaticPlan
+    from .source import Source
 
 __all__ = ["IR_VERSION", "OPSET", "draw", "write"]
 
@@ -37,7 +38,7 @@ IR_VERSION = 9
 
 
 def write(
-    model: ModelFolder,
+    source: Source,
     folder: Path,
     config: ExportConfig,
     calibration: Sequence[str] = (),
@@ -63,6 +64,7 @@ def write(
     from ..runtimes.onnx_reader import OnnxFile
     from ..runtimes.payload_onnx import histogram
 
+    model = source.folder
     length = context_length(model, config)
     wanted = parse(config.quantisation)
     if config.kv_cache is not None and model.task != "text-generation":
@@ -75,9 +77,9 @@ def write(
     if wanted.base == "int8-static" and static is None:
         from .onnx_static import plan_static
 
-        static = plan_static(model, calibration=calibration, progress=progress)
+        static = plan_static(source, calibration=calibration, progress=progress)
     scheme = scheme_of(wanted, model.task, {**(static.types if static else {}), **(types or {})})
-    moments = moments or _moments(model, config, scheme, calibration, progress)
+    moments = moments or _moments(source, config, scheme, calibration, progress)
     spool = Spool(folder)
     try:
         progress(f"{config.variant}: writing the graph", 0.0)
@@ -134,7 +136,7 @@ def draw(
 
 
 def _moments(
-    model: ModelFolder, config: ExportConfig, scheme: Scheme, calibration: Sequence[str], progress: Progress
+    source: Source, config: ExportConfig, scheme: Scheme, calibration: Sequence[str], progress: Progress
 ) -> InputMoments | None:
     if all(kind.fit != "gptq" for kind in scheme.kinds()):
         return None
@@ -144,7 +146,7 @@ def _moments(
         )  # fmt: skip
     from .onnx_moments import Moments
 
-    return Moments(model.path, calibration, progress=progress)
+    return Moments(source, calibration, progress=progress)
 
 
 def _shell(graph: Graph, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], portable: bool) -> Any:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,9 @@ import numpy.typing as npt
 from ..errors import BadInput, MissingDependency
 from ..progress import Progress, silent
 from .input_sums import InputSums, matrices
+
+if TYPE_CHECKING:
+    from .source import Source
 
 __all__ = ["Moments"]
 
@@ -27,29 +29,25 @@ _LEAST_BYTES = 64 << 20
 
 
 class Moments:
-    """``mean(x x^T)`` of the inputs ``x [K]`` of the matrices of the model folder ``model`` over the tokens of
-    ``texts`` (each cut at ``max_length``).
+    """``mean(x x^T)`` of the inputs ``x [K]`` of the matrices of a model over the tokens of ``texts`` (each cut at
+    ``max_length``).
 
     Raises :class:`BadInput` for texts without a token, :class:`MissingDependency` without torch.
     """
 
     def __init__(
-        self, model: Path, texts: Sequence[str], *, max_length: int = 512, most_bytes: int | None = None,
+        self, source: Source, texts: Sequence[str], *, max_length: int = 512, most_bytes: int | None = None,
         progress: Progress = silent,
     ) -> None:  # fmt: skip
         try:
             import torch
         except ModuleNotFoundError:
             raise MissingDependency.package("torch", "distill") from None
-        from ..checkpoints import load_tokenizer, load_torch, open_model
-
-        folder = open_model(model)
+        folder = source.folder
         self._torch = torch
         self._progress = progress
-        module = load_torch(model)
-        self._model = module.eval()
-        root = module.encoder if folder.task == "feature-extraction" else module
-        tokenizer = load_tokenizer(model)
+        self._model, root = source.torch()
+        tokenizer = source.tokenizer
         length = min(max_length, folder.max_length)
         rows = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in texts]
         self._rows = sorted((row for row in rows if row), key=len)

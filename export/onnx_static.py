@@ -24,12 +24,13 @@ from ..files import atomic_write, hash_json, read_json
 from ..grids import InputGrid, dequantise_affine, quantise_affine
 from ..progress import Progress, silent
 from .onnx_inputs import Seen, fit_grid, products_of, watch_inputs
-from .sensitivity import Ruler, inputs_of
+from .sensitivity import Ruler, ruler_of
 
 if TYPE_CHECKING:
-    from ..checkpoints import ModelFolder
+    from .source import Source
 
-__all__ = ["MOST_LOSS", "Product", "StaticPlan", "choose_kept", "plan_static"]
+__all__ = ["MOST_LOSS", "ON_COSTS", "ON_DEV", "ON_GRIDS", "Product", "StaticPlan", "affordable", "choose_kept",
+           "plan_static"]  # fmt: skip
 
 Floats = npt.NDArray[np.float32]
 
@@ -39,8 +40,8 @@ MOST_LOSS = {"feature-extraction": 2e-3}
 """1 - cosine of embeddings; nats of everything else are :data:`_MOST_NATS`."""
 _MOST_NATS = 0.05
 _KEPT_AS = "int8"
-_GRID_TOKENS, _COST_TOKENS, _DEV_TOKENS = 4096, 512, 1024
-_GRID_TEXTS, _COST_TEXTS, _DEV_TEXTS = 64, 16, 48
+# How much text (tokens of text generation, texts of other tasks) ranges, costs and the choice are taken on.
+ON_GRIDS, ON_COSTS, ON_DEV = (4096, 64), (512, 16), (1024, 48)
 _MOST_WORK = 4e12  # floating-point operations for all costs: minutes on one core; more of it takes fewer tokens
 _LEAST_TOKENS = 128
 
@@ -69,28 +70,26 @@ class StaticPlan:
 
 
 def plan_static(
-    model: ModelFolder, *, calibration: Sequence[str] = (), dev: Sequence[str] = (), work: Path | None = None,
+    source: Source, *, calibration: Sequence[str] = (), dev: Sequence[str] = (), work: Path | None = None,
     progress: Progress = silent,
 ) -> StaticPlan:  # fmt: skip
-    """Measure ``model`` on ``calibration`` text and choose on ``dev`` text; ``work`` keeps what was measured.
+    """Measure ``source`` on ``calibration`` text and choose on ``dev`` text; ``work`` keeps what was measured.
 
     Without texts a few built-in sentences stand in, which the note says. Raises :class:`BadInput` for texts without a
     token, :class:`MissingDependency` without torch.
     """
-    from ..checkpoints import load_torch
-
     built_in = not calibration or not dev
     calibration = list(calibration) or list(SAMPLE_TEXT[::2])
     dev = list(dev) or list(SAMPLE_TEXT[1::2])
-    module = load_torch(model.path).eval()
-    root = module.encoder if model.task == "feature-extraction" else module
+    task = source.folder.task
+    module, root = source.torch()
     parts, tied = products_of(root)
-    products = _products(model, module, root, parts, calibration, work, progress)
-    judge = _ruler(model, module, root, dev, _DEV_TOKENS, _DEV_TEXTS)
-    limit = MOST_LOSS.get(model.task, _MOST_NATS)
+    products = _products(source, module, parts, calibration, work, progress)
+    judge = ruler_of(source, dev, *ON_DEV)
+    limit = MOST_LOSS.get(task, _MOST_NATS)
     progress("choosing what stays in blocks", 0.9)
     kept, loss = choose_kept(products, lambda rest: _rounded(judge, parts, rest), limit)
-    unit = "1 - cosine" if model.task == "feature-extraction" else "nats"
+    unit = "1 - cosine" if task == "feature-extraction" else "nats"
     inside = [product for product in products if product not in kept]
     note = (
         f"{len(kept)} of {len(products)} products kept in blocks by measurement ({loss:.2g} {unit} on dev text for the "
@@ -119,30 +118,35 @@ def choose_kept(
 
 
 def _products(
-    model: ModelFolder, module: Any, root: Any, parts: Mapping[str, Any], calibration: Sequence[str],
-    work: Path | None, progress: Progress,
+    source: Source, module: Any, parts: Mapping[str, Any], calibration: Sequence[str], work: Path | None,
+    progress: Progress,
 ) -> list[Product]:  # fmt: skip
     """Measured now, or read from ``work`` where the same question was answered before."""
     key = {
-        "schema_version": SCHEMA_VERSION, "format": "onnx:int8-static", "bits": BITS, "model_id": model.model_id,
+        "schema_version": SCHEMA_VERSION, "format": "onnx:int8-static", "bits": BITS, "model_id": source.model_id,
         "text_sha256": hash_json(list(calibration)),
     }  # fmt: skip
     file = None if work is None else work / f"static-{hash_json(key)[:16]}.json"
     if file is not None and file.is_file():
         with contextlib.suppress(BadInput, KeyError, TypeError):
             return [_read(row) for row in read_json(file)["products"]]
-    seen = watch_inputs(module, parts, inputs_of(model, calibration, _GRID_TOKENS, _GRID_TEXTS), progress)
-    found = [_fitted(one, parts, model.turned) for one in seen]
+    seen = watch_inputs(module, parts, source.inputs(calibration, *ON_GRIDS), progress)
+    found = [_fitted(one, parts, source.folder.turned) for one in seen]
     weights = sum(product.weights for product in found)
-    affordable = int(_MOST_WORK / (2.0 * max(1, weights) * max(1, len(found))))
-    tokens = max(_LEAST_TOKENS, min(_COST_TOKENS, affordable))
-    ruler = _ruler(model, module, root, calibration, tokens, max(1, _COST_TEXTS * tokens // _COST_TOKENS))
+    ruler = ruler_of(source, calibration, *affordable(weights, len(found)))
     for index, product in enumerate(found):
         progress(f"what rounding costs: {product.parameters[0]}", index / len(found))
         found[index] = replace(product, loss=_rounded(ruler, parts, [product]))
     if file is not None:
         atomic_write(file, json.dumps({**key, "products": [_row(product) for product in found]}, indent=1) + "\n")
     return found
+
+
+def affordable(weights: int, products: int) -> tuple[int, int]:
+    """Of :data:`ON_COSTS`, what so many products with so many weights are measured on: of large models, less."""
+    tokens, texts = ON_COSTS
+    fewer = max(_LEAST_TOKENS, min(tokens, int(_MOST_WORK / (2.0 * max(1, weights) * max(1, products)))))
+    return fewer, max(1, texts * fewer // tokens)
 
 
 def _fitted(seen: Seen, parts: Mapping[str, Any], turned: Collection[str]) -> Product:
@@ -181,8 +185,3 @@ def _row(product: Product) -> dict[str, Any]:
 def _read(row: Mapping[str, Any]) -> Product:
     grid = InputGrid(np.float32(row["grid"]["scale"]), int(row["grid"]["zero_point"]))
     return Product(**{**row, "grid": grid, "parameters": tuple(row["parameters"])})
-
-
-def _ruler(model: ModelFolder, module: Any, root: Any, texts: Sequence[str], tokens: int, count: int) -> Ruler:
-    inputs = inputs_of(model, texts, tokens, count)
-    return Ruler(module, root, model.layers_path, model.task, inputs, turned=model.turned)

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..artifact import Task
-from ..bench.reference import Inputs, encode_texts, window_texts
+from ..bench.reference import Inputs
 from ..errors import BadInput, MissingDependency
 from ..files import atomic_write, hash_json, read_json
 from ..progress import Progress, silent
@@ -36,9 +36,9 @@ from .compensate import output_error
 from .moments import batches
 
 if TYPE_CHECKING:
-    from ..checkpoints import ModelFolder
+    from .source import Source
 
-__all__ = ["Cost", "Ruler", "Sensitivities", "inputs_of", "measure", "sensitivities"]
+__all__ = ["Cost", "Ruler", "Sensitivities", "measure", "ruler_of", "sensitivities"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -46,7 +46,6 @@ SCHEMA_VERSION = 1
 # Floating-point operations above which less is measured: seconds, and minutes, on one core.
 _ALL, _EACH = 1e12, 4e12
 _LARGE = 0.1
-_WINDOW = 128
 
 
 @dataclass(frozen=True)
@@ -173,19 +172,11 @@ class Ruler:
                 del self._layers[number].forward
 
 
-def inputs_of(model: ModelFolder, texts: Sequence[str], tokens: int, count: int) -> Inputs:
-    """What is measured on: windows of 128 tokens that hold ``tokens`` (text generation), else the first ``count``
-    texts. Raises :class:`BadInput` for texts that are too short."""
-    from ..checkpoints import load_tokenizer
-
-    tokenizer: Any = load_tokenizer(model.path)
-    length = min(_WINDOW, model.max_length)
-    if model.task == "text-generation":
-        try:
-            return window_texts(tokenizer, texts, window=length, limit=tokens)
-        except BadInput as error:
-            raise BadInput(error.message, hint="give longer `calibration` and `dev` texts") from None
-    return encode_texts(tokenizer, texts[:count], max_length=length, prefix=model.prompt_prefix)
+def ruler_of(source: Source, texts: Sequence[str], tokens: int, count: int) -> Ruler:
+    """The float model and what it says about :meth:`.source.Source.inputs`."""
+    (model, root), folder = source.torch(), source.folder
+    inputs = source.inputs(texts, tokens, count)
+    return Ruler(model, root, folder.layers_path, folder.task, inputs, turned=folder.turned)
 
 
 def sensitivities(

@@ -210,6 +210,52 @@ def test_a_decoder_as_it_is(tiny_llama: Path, text: Path, tmp_path: Path) -> Non
     assert numbers["gguf-q8_0"]["decode_tokens_per_s"] > 0
 
 
+def _as_it_is(recipe: Path) -> Path:
+    """The recipe without [student] and [distill]."""
+    before, _, rest = recipe.read_text().partition("[distill]")
+    exports = rest[rest.index("[[export]]") :]
+    recipe.write_text(before.replace("[student]\nlayers = 2\n", "") + exports)
+    return recipe
+
+
+@pytest.mark.whole
+def test_all_artifacts_of_a_recipe_come_from_one_load(
+    tiny_bert: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgestill import checkpoints, torch_models
+    from edgestill.export import writer
+
+    monkeypatch.setenv("EDGESTILL_CACHE", str(tmp_path / "cache"))
+    calls: list[str] = []
+
+    def count(where: Any, name: str) -> None:
+        real = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *given, **named: (calls.append(name), real(*given, **named))[1])
+
+    count(torch_models, "load_torch")
+    count(writer, "check_model")
+    count(checkpoints, "hash_tree")
+    asked = ("onnx:fp32", "coreml:fp16", "onnx:int4-b32-gptq", "gguf:q4_0-imatrix", "onnx:int8-static", "gguf@0.05MB")
+    recipe = _as_it_is(write_recipe(tmp_path, tiny_bert, text, *asked))
+    result = run_recipe(RunConfig(recipe, tmp_path / "runs", until="export"))
+    assert [artifact.name for artifact in result.artifacts] == [to.replace(":", "-").replace("@", "-") for to in asked]
+    assert calls.count("load_torch") == 1
+    assert calls.count("check_model") == 1
+    seen = Stages()
+    shutil.rmtree(tmp_path / "runs/tiny/artifacts/coreml-fp16")
+    run_recipe(RunConfig(recipe, tmp_path / "runs", until="export"), seen)
+    assert set(seen.ran) - ALWAYS == {"export:coreml-fp16"}
+    assert calls.count("load_torch") == 2
+
+
+def test_one_refused_artifact_does_not_lose_the_others(tiny_tagger: Path, text: Path, tmp_path: Path) -> None:
+    recipe = _as_it_is(write_recipe(tmp_path, tiny_tagger, text, "onnx:int8-static", "coreml:fp16", "onnx:fp32"))
+    result = run_recipe(RunConfig(recipe, tmp_path / "runs", until="export"))
+    assert (result.status, result.exit_code) == ("failed", 1)
+    assert [artifact.name for artifact in result.artifacts] == ["onnx-int8-static", "onnx-fp32"]
+    assert "token-classification" in result.problems["coreml-fp16"]
+
+
 @pytest.mark.whole
 def test_a_model_that_labels_tokens(tiny_tagger: Path, text: Path, tmp_path: Path) -> None:
     """With labelled words beside the plain text: learnt from, and judged on in onnxruntime."""

@@ -15,6 +15,7 @@ from edgestill.bench.verify import VerifyOptions, verify
 from edgestill.checkpoints import open_model
 from edgestill.errors import UsageError
 from edgestill.export import export
+from edgestill.export.source import Source
 from edgestill.grids import dequantise
 from edgestill.recipe import ExportConfig
 from edgestill.runtimes.gguf_file import GgufFile
@@ -135,25 +136,20 @@ def test_cheaper_measures_rank_like_the_full_one(
 
 
 def _measured(model: Path, texts: Texts) -> Any:
-    from edgestill.checkpoints import load_torch
     from edgestill.export.allocate_gguf import GgufSpace
-    from edgestill.export.moments import input_moments
-    from edgestill.export.sensitivity import Ruler, inputs_of, measure
+    from edgestill.export.sensitivity import measure, ruler_of
 
-    folder, module = open_model(model), load_torch(model)
-    inputs = inputs_of(folder, texts[0], 512, 8)
-    moments = input_moments(module, module, folder.task, inputs)
-    space = GgufSpace(folder, ExportConfig(to="gguf@1MB"))
+    source = Source(open_model(model))
+    moments = source.moments(texts[0], 512, 8)
+    space = GgufSpace(source, ExportConfig(to="gguf@1MB"))
     space.learn(moments)
-    return measure(space, Ruler(module, module, folder.layers_path, folder.task, inputs), moments)
+    return measure(space, ruler_of(source, texts[0], 512, 8), moments)
 
 
 def test_replaying_layers_changes_nothing(tiny_llama: Path, texts: Texts) -> None:
-    from edgestill.checkpoints import load_torch
-    from edgestill.export.sensitivity import Ruler, inputs_of
+    from edgestill.export.sensitivity import ruler_of
 
-    folder, module = open_model(tiny_llama), load_torch(tiny_llama)
-    ruler = Ruler(module, module, folder.layers_path, folder.task, inputs_of(folder, texts[0], 256, 8))
+    ruler = ruler_of(Source(open_model(tiny_llama)), texts[0], 256, 8)
     name = "model.layers.2.mlp.up_proj.weight"
     changed = ruler.parameters[name].detach().numpy() * np.float32(1.1)
     quick = ruler.distance({name: changed})

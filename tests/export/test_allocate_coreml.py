@@ -16,6 +16,7 @@ from edgestill.checkpoints import open_model
 from edgestill.errors import UsageError
 from edgestill.export import coreml, export
 from edgestill.export.allocate_coreml import CoremlSpace
+from edgestill.export.source import Source
 from edgestill.progress import silent
 from edgestill.recipe import ExportConfig
 
@@ -36,9 +37,9 @@ def wide_bert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.mark.parametrize("target", [pytest.param("iOS16", marks=pytest.mark.whole), "iOS18"])
 def test_a_size_learnt_without_writing_is_the_one_written(target: str, wide_bert: Path, tmp_path: Path) -> None:
-    folder = open_model(wide_bert)
+    source = Source(open_model(wide_bert))
     config = ExportConfig(to="coreml@1MB", min_target=target)  # type: ignore[arg-type]
-    space = CoremlSpace(folder, config, ["a good film", "the plot"], silent)
+    space = CoremlSpace(source, config, ["a good film", "the plot"], silent)
     assert len(space.tensors) > 5
     assert {tensor.types[-1] for tensor in space.tensors} == {"fp16"}
     assert any("-g16" in type_ for tensor in space.tensors for type_ in tensor.types) == (target == "iOS18")
@@ -46,7 +47,11 @@ def test_a_size_learnt_without_writing_is_the_one_written(target: str, wide_bert
     types = {tensor.name: str(chooser.choice(tensor.types)) for tensor in space.tensors}
     said = space.whole_bytes(types)
     plain = config.model_copy(update={"to": "coreml:fp16"})
-    coreml.write(folder, tmp_path, plain, types=types, **space.chosen(types, "").told)
+    chosen = space.chosen(types, "the note")
+    draft = coreml.write(source, tmp_path, plain, types=types, **chosen.told)
+    note = chosen.note.removeprefix("the note")
+    assert note.startswith("; in float32: ")  # as in a package without a budget
+    assert note in draft.contents
     assert sum(file.stat().st_size for file in (tmp_path / coreml.ENTRY).rglob("*") if file.is_file()) == said
     assert json.loads((tmp_path / ISLANDS_FILE).read_text())["source"] == "2 calibration texts"  # converted once
 

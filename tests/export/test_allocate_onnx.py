@@ -16,6 +16,7 @@ from edgestill.export import export
 from edgestill.export.allocate_onnx import OnnxSpace
 from edgestill.export.onnx import write
 from edgestill.export.onnx_file import Spool
+from edgestill.export.source import Source
 from edgestill.recipe import ExportConfig
 from edgestill.runtimes.transports.local import LocalWorker
 
@@ -35,7 +36,7 @@ def test_a_size_learnt_without_writing_is_the_one_written(
     types = {tensor.name: str(chooser.choice(tensor.types)) for tensor in space.tensors}
     said = space.whole_bytes(types)
     space.learn({})
-    write(folder, tmp_path, config, types=types, external_bytes=external_bytes, **space.chosen(types, "").told)
+    write(Source(folder), tmp_path, config, types=types, external_bytes=external_bytes, **space.chosen(types, "").told)
     assert sum(file.stat().st_size for file in tmp_path.glob("model.onnx*")) == said
 
 

@@ -15,6 +15,7 @@ from edgestill.artifact import Artifact, open_artifact
 from edgestill.checkpoints import load_torch, open_model
 from edgestill.errors import EdgestillError, Unsupported, UsageError
 from edgestill.export import coreml_convert, coreml_package, export
+from edgestill.export.source import Source
 from edgestill.export.writer import Weights
 from edgestill.files import list_files
 from edgestill.recipe import ExportConfig
@@ -193,7 +194,7 @@ def test_dynamic_rotary_scaling_is_refused(tiny_llama: Path) -> None:
     folder, model = open_model(tiny_llama), load_torch(tiny_llama)
     model.model.rotary_emb.rope_type = "dynamic"
     with pytest.raises(Unsupported, match="rotary scaling 'dynamic'"):
-        coreml_convert.convert_decoder(folder, model, 64)
+        coreml_convert.convert_decoder(Source(folder), model, 64)
 
 
 def _random(model: Any) -> Any:
@@ -238,7 +239,7 @@ def test_encoder_architectures(architecture: str, tiny_bert: Path, tmp_path: Pat
     with torch.no_grad():
         want = model(torch.tensor(ids), torch.tensor(mask)).numpy()
     interpreter = _saved(
-        folder, coreml_convert.convert_encoder(described, model, (48,)).model, tmp_path / "m.mlpackage"
+        folder, coreml_convert.convert_encoder(Source(described), model, (48,)).model, tmp_path / "m.mlpackage"
     )
     for row in range(2):
         feed = {"input_ids": ids[row : row + 1], "attention_mask": mask[row : row + 1]}
@@ -275,7 +276,8 @@ def test_decoder_architectures(architecture: str, tiny_llama: Path, tmp_path: Pa
     ids = RNG.integers(5, vocabulary, (1, 30))
     with torch.no_grad():
         want = model(torch.tensor(ids)).logits[0].numpy()
-    interpreter = _saved(folder, coreml_convert.convert_decoder(described, model, 40).model, tmp_path / "m.mlpackage")
+    made = coreml_convert.convert_decoder(Source(described), model, 40).model
+    interpreter = _saved(folder, made, tmp_path / "m.mlpackage")
     state = interpreter.new_state()
     parts = []
     for begin, end in ((0, 17), (17, 18), (18, 25), (25, 30)):  # prefill, a token, several at once

@@ -15,6 +15,7 @@ from edgestill.export import export
 from edgestill.export.coreml_feeds import BUILT_IN, feeds_of
 from edgestill.export.coreml_islands import HEADROOM, Islands, as_json, choose
 from edgestill.export.coreml_roles import roles
+from edgestill.export.source import Source
 from edgestill.recipe import ExportConfig
 from edgestill.runtimes.mil.program import Constant, Operation, Program, ValueType
 
@@ -160,11 +161,11 @@ def test_the_artifact_says_which_and_why(tiny_bert: Path, tmp_path: Path) -> Non
 
 
 def test_feeds(tiny_bert: Path) -> None:
-    folder = open_model(tiny_bert)
-    built_in = feeds_of(folder, ["", "  "], (64,))
+    source = Source(open_model(tiny_bert))
+    built_in = feeds_of(source, ["", "  "], (64,))
     assert (built_in.source, len(built_in.rows)) == ("built-in lines", len(BUILT_IN))
     assert all(feed["input_ids"].shape == feed["attention_mask"].shape for feed in built_in.rows)
-    fixed = feeds_of(folder, ["a film", "a good film of the war and of a ship"], (8, 32), fixed=True)
+    fixed = feeds_of(source, ["a film", "a good film of the war and of a ship"], (8, 32), fixed=True)
     assert [feed["input_ids"].shape[1] for feed in fixed.rows] == [8, 32]
     assert fixed.rows[0]["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]]
 

@@ -12,6 +12,7 @@ import torch
 
 from edgestill.checkpoints import load_torch, open_model
 from edgestill.export import coreml_convert, coreml_package
+from edgestill.export.source import Source
 from edgestill.runtimes.coreml_session import causal_mask
 from edgestill.runtimes.mil.interpreter import Interpreter
 from edgestill.runtimes.milproto import load_program
@@ -38,7 +39,7 @@ def _run(folder: Path, precision: Any, package: Path) -> tuple[np.ndarray, np.nd
     with torch.no_grad():
         want = model(torch.tensor(ids)).logits[0].numpy()
     described = dataclasses.replace(open_model(folder), layers=1)
-    converted = coreml_convert.convert_decoder(described, model, 32, precision=precision)
+    converted = coreml_convert.convert_decoder(Source(described), model, 32, precision=precision)
     coreml_package.write_package(converted.model, package, description="", license=None)
     interpreter = Interpreter(load_program(package))
     feed: dict[str, Any] = {"input_ids": ids, "causal_mask": causal_mask(16, 16)}

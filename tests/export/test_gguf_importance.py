@@ -10,6 +10,7 @@ import pytest
 from edgestill.checkpoints import load_tokenizer, load_torch, open_model
 from edgestill.errors import Unsupported
 from edgestill.export.gguf_importance import Importance, importance_matrix, measure_importance
+from edgestill.export.source import Source
 from edgestill.grids import dequantise
 from edgestill.runtimes.ggml_api import quantise_rows, requires_importance
 
@@ -20,7 +21,7 @@ pytest.importorskip("llama_cpp")
 def test_it_is_the_mean_square_of_each_input(tiny_llama: Path, sentences: list[str]) -> None:
     """The input of the first layer's query, key and value is the normed embedding: looked up and squared by hand."""
     texts = sentences[:4]
-    found = measure_importance(open_model(tiny_llama), texts)
+    found = measure_importance(Source(open_model(tiny_llama)), texts)
     model, tokenizer = load_torch(tiny_llama), load_tokenizer(tiny_llama)
     layer = model.model.layers[0]
     sums, count = np.zeros(64), 0
@@ -40,14 +41,14 @@ def test_it_is_the_mean_square_of_each_input(tiny_llama: Path, sentences: list[s
 def test_every_matrix_product_has_one_under_its_parameter_name(
     tiny_llama: Path, tiny_bert: Path, tiny_classifier: Path, sentences: list[str]
 ) -> None:
-    decoder = measure_importance(open_model(tiny_llama), sentences[:2]).values
+    decoder = measure_importance(Source(open_model(tiny_llama)), sentences[:2]).values
     assert len(decoder) == 4 * 7 + 1
     assert "lm_head.weight" not in decoder  # tied: it is stored as the embedding
     assert decoder["model.embed_tokens.weight"].shape == (64,)
-    encoder = measure_importance(open_model(tiny_bert), sentences[:2]).values
+    encoder = measure_importance(Source(open_model(tiny_bert)), sentences[:2]).values
     assert len(encoder) == 4 * 6
     assert encoder["encoder.layer.3.output.dense.weight"].shape == (64,)
-    head = measure_importance(open_model(tiny_classifier), sentences[:2]).values
+    head = measure_importance(Source(open_model(tiny_classifier)), sentences[:2]).values
     assert head["classifier.weight"].shape == (32,)
 
 
@@ -75,7 +76,7 @@ def test_it_is_kept_and_found_again(
     tiny_llama: Path, sentences: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("EDGESTILL_CACHE", str(tmp_path))
-    model = open_model(tiny_llama)
+    model = Source(open_model(tiny_llama))
     first = importance_matrix(model, sentences[:2])
     [stored] = (tmp_path / "importance").iterdir()
     kept = stored.stat().st_mtime_ns
@@ -98,6 +99,6 @@ def test_a_channel_that_was_never_reached_weighs_a_little() -> None:
 
 def test_texts_without_a_token_are_refused(tiny_llama: Path) -> None:
     with pytest.raises(Unsupported, match="no token"):
-        measure_importance(open_model(tiny_llama), ["", ""])
+        measure_importance(Source(open_model(tiny_llama)), ["", ""])
     with pytest.raises(Unsupported, match="there are none"):
-        importance_matrix(open_model(tiny_llama), [])
+        importance_matrix(Source(open_model(tiny_llama)), [])

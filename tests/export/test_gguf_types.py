@@ -20,6 +20,7 @@ from edgestill.export import export, gguf
 from edgestill.export.gguf_importance import importance_matrix
 from edgestill.export.gguf_layout import Placed
 from edgestill.export.gguf_types import Mixture, needs_importance, storage_order, tensor_types
+from edgestill.export.source import Source
 from edgestill.grids import GGML_GRIDS, dequantise
 from edgestill.progress import silent
 from edgestill.quantisation_gguf import FILE_TYPES
@@ -168,7 +169,7 @@ def test_with_an_importance_matrix_the_tensors_are_those_of_llama_cpp(
     texts = sentences[:5]
     config = ExportConfig(to=f"gguf:{quantisation}")
     artifact = export(models[name], tmp_path / "ours", config, calibration=texts)
-    importance = importance_matrix(open_model(models[name]), texts)
+    importance = importance_matrix(Source(open_model(models[name])), texts)
     stored = {t.name: t.stored for t in artifact.tensors()}
     weights = {stored[n]: importance.weights(n) for n in importance.values}
     theirs = tmp_path / "theirs.gguf"
@@ -193,15 +194,16 @@ def test_an_embedding_that_is_only_looked_up_has_no_importance(
 ) -> None:
     monkeypatch.setenv("EDGESTILL_CACHE", str(tmp_path / "cache"))
     (tmp_path / "a").mkdir()
+    source = Source(open_model(models["wide"]))
     with pytest.raises(Unsupported, match=r"embed_tokens\.weight can't be iq2_xxs"):
-        gguf.write(open_model(models["wide"]), tmp_path / "a", ExportConfig(to="gguf:q4_0"), sentences[:2], silent,
+        gguf.write(source, tmp_path / "a", ExportConfig(to="gguf:q4_0"), sentences[:2], silent,
                    types={"model.embed_tokens.weight": "iq2_xxs"})  # fmt: skip
 
 
 def _write(model: Path, folder: Path, to: str, types: dict[str, str]) -> Path:
     folder.mkdir()
     config = ExportConfig(to=to)
-    draft = gguf.write(open_model(model), folder, config, (), silent, types=types)
+    draft = gguf.write(Source(open_model(model)), folder, config, (), silent, types=types)
     return folder / draft.entry
 
 

@@ -13,6 +13,7 @@ from edgestill.checkpoints import open_model
 from edgestill.errors import BadInput, ResourceExhausted, UsageError
 from edgestill.export import export, writer
 from edgestill.export.onnx import write
+from edgestill.export.source import Source
 from edgestill.files import hash_file
 from edgestill.quantisation import QUANTISATIONS
 from edgestill.recipe import ExportConfig
@@ -76,7 +77,7 @@ def test_external_data_above_a_limit(tiny_llama: Path, tmp_path: Path) -> None:
     whole = _export(tiny_llama, tmp_path / "a", "int8")
     split = shutil.copytree(whole.path, tmp_path / "split")
     (split / "model.onnx").unlink()
-    write(open_model(tiny_llama), split, ExportConfig(to="onnx:int8"), external_bytes=1000)
+    write(Source(open_model(tiny_llama)), split, ExportConfig(to="onnx:int8"), external_bytes=1000)
     assert (split / "model.onnx.data").stat().st_size > 100_000
     assert (split / "model.onnx").stat().st_size < 60_000
     assert histogram(OnnxFile(split / "model.onnx")) == whole.manifest.dtype_histogram

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgestill.checkpoints import load_tokenizer, load_torch
+from edgestill.checkpoints import load_tokenizer, load_torch, open_model
 from edgestill.errors import BadInput
 from edgestill.export.onnx_moments import Moments
+from edgestill.export.source import Source
 
 
 @pytest.mark.parametrize("most_bytes", [1, 30_000, 1 << 30])
@@ -18,7 +19,7 @@ def test_moments_of_a_decoder(most_bytes: int, tiny_llama: Path, sentences: list
     import torch
 
     texts = sentences[:7]
-    moments = Moments(tiny_llama, texts, most_bytes=most_bytes)
+    moments = Moments(Source(open_model(tiny_llama)), texts, most_bytes=most_bytes)
     model, tokenizer = load_torch(tiny_llama), load_tokenizer(tiny_llama)
     seen: dict[str, list[np.ndarray]] = {}
     wanted = {
@@ -40,7 +41,7 @@ def test_moments_of_a_decoder(most_bytes: int, tiny_llama: Path, sentences: list
 
 
 def test_moments_of_an_encoder(tiny_bert: Path, sentences: list[str]) -> None:
-    moments = Moments(tiny_bert, sentences[:5])
+    moments = Moments(Source(open_model(tiny_bert)), sentences[:5])
     found = moments.of("encoder.layer.2.output.dense.weight")
     assert found is not None
     assert found.shape == (64, 64)
@@ -50,4 +51,4 @@ def test_moments_of_an_encoder(tiny_bert: Path, sentences: list[str]) -> None:
 
 def test_text_without_a_token(tiny_llama: Path) -> None:
     with pytest.raises(BadInput, match="no token"):
-        Moments(tiny_llama, [""])
+        Moments(Source(open_model(tiny_llama)), [""])

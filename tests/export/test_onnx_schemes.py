@@ -16,6 +16,7 @@ from edgestill.errors import UsageError
 from edgestill.export import export
 from edgestill.export.onnx import write
 from edgestill.export.onnx_schemes import scheme_of
+from edgestill.export.source import Source
 from edgestill.quantisation_onnx import parse
 from edgestill.recipe import ExportConfig
 from edgestill.runtimes.onnx_reader import OnnxFile
@@ -109,7 +110,7 @@ def test_types_of_single_parameters(tiny_llama: Path, tmp_path: Path) -> None:
     types = {"model.layers.0.self_attn.k_proj.weight": "int8-b16", "model.layers.1.mlp.up_proj.weight": "int8-asym",
              "model.embed_tokens.weight": "int8"}  # fmt: skip
     whole = export(tiny_llama, tmp_path / "a", ExportConfig(to="onnx:fp32"))
-    draft = write(open_model(tiny_llama), tmp_path, ExportConfig(to="onnx:fp32"), types=types)
+    draft = write(Source(open_model(tiny_llama)), tmp_path, ExportConfig(to="onnx:fp32"), types=types)
     grids = {tensor.name: tensor.grid for tensor in draft.tensors}
     assert grids["model.layers.0.self_attn.k_proj.weight"] == "int8-b16"
     assert grids["model.layers.0.self_attn.q_proj.weight"] == "float32"

@@ -16,6 +16,7 @@ from edgestill.errors import BadInput
 from edgestill.export import export
 from edgestill.export.onnx_inputs import fit_grid
 from edgestill.export.onnx_static import MOST_LOSS, Product, choose_kept, plan_static
+from edgestill.export.source import Source
 from edgestill.grids import InputGrid, input_grid
 from edgestill.recipe import ExportConfig
 from edgestill.runtimes.onnx_reader import OnnxFile
@@ -115,7 +116,7 @@ def test_an_outlier_is_found_by_measurement(tiny_bert: Path, tmp_path: Path, sen
     state[down] = np.ascontiguousarray(state[down])
     state[down][:, 5] /= 1000.0
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    plan = plan_static(open_model(folder), calibration=sentences[:40], dev=sentences[40:60], work=tmp_path)
+    plan = plan_static(Source(open_model(folder)), calibration=sentences[:40], dev=sentences[40:60], work=tmp_path)
     assert down in plan.types
     (file,) = tmp_path.glob("static-*.json")
     rows = json.loads(file.read_text())["products"]
@@ -125,7 +126,7 @@ def test_an_outlier_is_found_by_measurement(tiny_bert: Path, tmp_path: Path, sen
 
 
 def test_what_was_measured_is_kept_and_used_again(tiny_bert: Path, tmp_path: Path, sentences: list[str]) -> None:
-    model, texts = open_model(tiny_bert), {"calibration": sentences[:40], "dev": sentences[40:60]}
+    model, texts = Source(open_model(tiny_bert)), {"calibration": sentences[:40], "dev": sentences[40:60]}
     first = plan_static(model, **texts, work=tmp_path)
     (file,) = tmp_path.glob("static-*.json")
     assert plan_static(model, **texts, work=tmp_path) == first == plan_static(model, **texts)
@@ -142,7 +143,7 @@ def test_what_was_measured_is_kept_and_used_again(tiny_bert: Path, tmp_path: Pat
 
 
 def test_the_whole_stays_below_the_limit_on_dev_text(tiny_bert: Path, sentences: list[str]) -> None:
-    plan = plan_static(open_model(tiny_bert), calibration=sentences[:40], dev=sentences[40:60])
+    plan = plan_static(Source(open_model(tiny_bert)), calibration=sentences[:40], dev=sentences[40:60])
     loss = float(plan.note.partition("(")[2].partition(" ")[0])
     assert loss <= MOST_LOSS["feature-extraction"]
 
