@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .bench.environment import usable_threads
-from .runtimes.native.build import build_runner, copy_runners, find_zig
+from .runtimes.native.build import build_runner, copy_runners
+from .runtimes.native.host_build import build_hosts
 from .runtimes.native.source import ENGINE
+from .runtimes.native.zig import find_zig
 from .stages import Observer
 
 __all__ = ["BuildRunnerRequest", "BuiltBinary", "RunnerResult", "build_runners"]
@@ -28,7 +30,11 @@ class BuildRunnerRequest:
 
 @dataclass(frozen=True)
 class BuiltBinary:
-    """One binary: which processor it is for, where it lies, and how much was to do (``seconds`` of wall time)."""
+    """One binary: which processor it is for, where it lies, and how much was to do (``seconds`` of wall time).
+
+    ``level`` is that of the runner (``dotprod``), or the C library of the program that loads a user's ONNX Runtime for
+    it (``glibc``, ``android``).
+    """
 
     target: str
     level: str
@@ -65,6 +71,7 @@ def build_runners(request: BuildRunnerRequest, observer: Observer | None = None)
     built = build_runner(
         request.target, request.level, jobs=request.jobs or usable_threads(), progress=watcher.advanced
     )
+    built += build_hosts(request.target, progress=watcher.advanced)
     places = copy_runners(built, request.out) if request.out else tuple(one.path for one in built)
     watcher.finished("build-runner", sum(one.seconds for one in built), ", ".join(one.level for one in built))
     binaries = tuple(

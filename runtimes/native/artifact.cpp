@@ -60,17 +60,19 @@ Artifact open_artifact(const std::string & folder) {
                             "export it again with this version");
         }
         check_payload(folder, manifest);
-        if (manifest.at("format") != "gguf") {
-            throw unsupported("the native runner opens gguf, not " + shown(manifest.at("format")),
-                              "export the model with --to gguf:…");
-        }
         Artifact artifact;
         artifact.folder = folder;
         artifact.entry = join_safely(folder, manifest.at("entry"));
+        artifact.format = manifest.at("format");
         artifact.task = manifest.at("task");
         artifact.max_length = manifest.at("max_length");
         artifact.vocab_size = manifest.at("vocab_size");
         artifact.normalize = manifest.value("normalize", false);
+        artifact.pooling_in_graph = manifest.value("pooling_in_graph", false);
+        const json pooling = manifest.value("pooling", json()), outputs = manifest.value("outputs", json::array());
+        if (pooling.is_string()) artifact.pooling = pooling;
+        if (!outputs.empty()) artifact.output = outputs.at(0).at("name");
+        artifact.foreign = manifest.value("lineage", json::object()).contains("foreign");
         return artifact;
     } catch (const json::exception & error) {
         throw bad_input(path + " is not an artifact description: " + error.what(), "export it again");

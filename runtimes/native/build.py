@@ -10,34 +10,32 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import EdgestillError, MissingDependency, UsageError, nearest
+from ...errors import UsageError, nearest
 from ...fetch import cache_folder, cache_lock
 from ...files import atomic_write, disk_errors, hash_file, hash_json
 from ...progress import Progress, silent
 from .find import RUNNER_NAME, runner_folder
 from .levels import Level, levels_of
 from .source import COMMON_FLAGS, ENGINE, Unit, engine_source, own_sources, runner_id, units
+from .zig import Zig, find_zig
 
-__all__ = ["BuiltRunner", "build_runner", "copy_runners", "find_zig"]
+__all__ = ["BuiltRunner", "build_runner", "copy_runners", "find_built", "find_zig", "write_stamp"]
 
 _STAMP = "build.json"
-_ERROR_LINES = 3
 
 
 @dataclass(frozen=True)
 class BuiltRunner:
     """One binary: how many units were ``compiled`` for it and how many ``reused`` (both 0: it was there), in seconds
-    of wall time."""
+    of wall time. ``level`` is what it is built for: instructions, or (a host of ONNX Runtime) a C library."""
 
     target: str
     level: str
@@ -47,12 +45,7 @@ class BuiltRunner:
     compiled: int
     reused: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Zig:
-    path: Path
-    version: str
+    name: str = RUNNER_NAME
 
 
 def build_runner(
@@ -78,43 +71,39 @@ def build_runner(
     with cache_lock(root / "lock", lambda: progress("another process builds the runner: waiting for it")):
         found = []
         for one in wanted:
-            there = _there(one, zig, cache)
+            folder = runner_folder(one.name, cache=cache)
+            there = find_built(folder, RUNNER_NAME, target, one.name, zig)
             if there is None:
                 source = engine_source(cache=cache, progress=progress)
-                there = _Builder(root, source, one, zig, jobs, progress).build(runner_folder(one.name, cache=cache))
+                there = _Builder(root, source, one, zig, jobs, progress).build(folder)
             found.append(there)
         return tuple(found)
 
 
-def find_zig() -> _Zig:
-    """The compiler of the Python package ``ziglang``; :class:`MissingDependency` when it is not installed."""
-    spec = importlib.util.find_spec("ziglang")
-    path = Path(spec.origin).parent / "zig" if spec is not None and spec.origin else None
-    if path is None or not path.is_file():
-        raise MissingDependency.package("ziglang", "runner")
-    done = subprocess.run([path, "version"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise MissingDependency(f"zig does not run: {_last_lines(done.stderr)}", hint="pip install -U ziglang")
-    return _Zig(path, done.stdout.strip())
-
-
-def _there(level: Level, zig: _Zig, cache: Path | None) -> BuiltRunner | None:
+def find_built(folder: Path, name: str, target: str, level: str, zig: Zig) -> BuiltRunner | None:
     """The binary of an earlier build with this compiler, if its bytes are as they were."""
-    folder = runner_folder(level.name, cache=cache)
-    path = folder / RUNNER_NAME
+    path = folder / name
     try:
         stamp = json.loads((folder / _STAMP).read_text(encoding="utf-8"))
         if stamp["zig"] != zig.version or stamp["sha256"] != hash_file(path):
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return BuiltRunner(level.target, level.name, path, stamp["sha256"], path.stat().st_size, 0, 0, 0.0)
+    return BuiltRunner(target, level, path, stamp["sha256"], path.stat().st_size, 0, 0, 0.0, name)
+
+
+def write_stamp(path: Path, level: str, zig: Zig) -> str:
+    """Note beside a binary what made it; its sha256."""
+    digest = hash_file(path)
+    stamp = {"zig": zig.version, "engine": ENGINE.version, "level": level, "sha256": digest}
+    atomic_write(path.parent / _STAMP, json.dumps(stamp, sort_keys=True))
+    return digest
 
 
 class _Builder:
     """The build of one level."""
 
-    def __init__(self, root: Path, source: Path, level: Level, zig: _Zig, jobs: int, progress: Progress) -> None:
+    def __init__(self, root: Path, source: Path, level: Level, zig: Zig, jobs: int, progress: Progress) -> None:
         self._root, self._source, self._level, self._zig = root, source, level, zig
         self._jobs, self._progress = max(1, jobs), progress
         self._base = levels_of(level.target)[0]  # what is the same for all levels is compiled for the lowest
@@ -133,9 +122,7 @@ class _Builder:
             self._compile_all(missing)
             self._progress(f"{self._level.name}: linking")
             path = self._link([path for _, path in plan], folder)
-        digest = hash_file(path)
-        stamp = {"zig": self._zig.version, "engine": ENGINE.version, "level": self._level.name, "sha256": digest}
-        atomic_write(folder / _STAMP, json.dumps(stamp, sort_keys=True))
+        digest = write_stamp(path, self._level.name, self._zig)
         reused = len(plan) - len(missing)
         return BuiltRunner(
             self._level.target, self._level.name, path, digest, path.stat().st_size, len(missing), reused,
@@ -161,7 +148,7 @@ class _Builder:
 
     def _object(self, unit: Unit) -> Path:
         """Where a unit's object lies, named by all that decides its bytes."""
-        own = [[path.name, hash_file(path)] for path in own_sources()] if unit.own else []
+        own = [[path.name, hash_file(path)] for path in own_sources() if path.suffix != ".c"] if unit.own else []
         key = hash_json([self._zig.version, ENGINE.sha256, self._flags(unit), list(unit.sources), own])
         return self._objects / f"{key[:32]}.o"
 
@@ -205,37 +192,18 @@ class _Builder:
         return path
 
     def _run(self, arguments: Sequence[str], what: str) -> None:
-        """The compiler, in the engine's folder: paths in messages and assertions are then relative to it."""
-        zig_cache = self._root / "zig"
-        environment: Mapping[str, str] = {
-            **os.environ, "ZIG_GLOBAL_CACHE_DIR": str(zig_cache), "ZIG_LOCAL_CACHE_DIR": str(zig_cache)
-        }  # fmt: skip
-        done = subprocess.run(
-            [str(self._zig.path), *arguments], cwd=self._source, env=environment, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, errors="replace", check=False,
-        )  # fmt: skip
-        if done.returncode:
-            raise EdgestillError(
-                f"zig {self._zig.version} can't build {what} for {self._level.name}: {_last_lines(done.stderr)}",
-                hint=f"free some room below {self._root} if the disk is full; else please report it",
-            )
+        self._zig.run(arguments, f"{what} for {self._level.name}", cwd=self._source, root=self._root)
 
 
 def copy_runners(built: Sequence[BuiltRunner], out: Path) -> tuple[Path, ...]:
-    """Copy binaries to ``out/edgestill-runner-TARGET-LEVEL``; the paths."""
+    """Copy binaries to ``out/NAME-TARGET-LEVEL``; the paths."""
     copies = []
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         for one in built:
-            path = out / f"{RUNNER_NAME}-{one.target}-{one.level}"
+            path = out / f"{one.name}-{one.target}-{one.level}"
             temporary = path.with_name(f".{path.name}.{os.getpid()}")
             shutil.copy2(one.path, temporary)
             os.replace(temporary, path)
             copies.append(path)
     return tuple(copies)
-
-
-def _last_lines(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower()]
-    return " | ".join((errors or lines)[:_ERROR_LINES]) or "it says nothing"

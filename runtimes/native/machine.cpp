@@ -57,12 +57,16 @@ int64_t resident_bytes(int file, int64_t size) {
     return told ? std::min(size, pages * page) : -1;
 }
 
+std::string process_file(int process, const char * name) {
+    return "/proc/" + (process ? std::to_string(process) : "self") + "/" + name;
+}
+
 }  // namespace
 
-Reading read_memory() {
+Reading read_memory(int process) {
     Reading reading;
     char text[1 << 14];
-    const int file = open("/proc/self/status", O_RDONLY | O_CLOEXEC);
+    const int file = open(process_file(process, "status").c_str(), O_RDONLY | O_CLOEXEC);
     if (file < 0) return reading;
     const ssize_t size = read(file, text, sizeof text - 1);
     close(file);
@@ -80,8 +84,8 @@ Reading read_memory() {
     return reading;
 }
 
-bool reset_peak() {
-    const int file = open("/proc/self/clear_refs", O_WRONLY | O_CLOEXEC);
+bool reset_peak(int process) {
+    const int file = open(process_file(process, "clear_refs").c_str(), O_WRONLY | O_CLOEXEC);
     if (file < 0) return false;
     const bool done = write(file, "5", 1) == 1;
     close(file);
@@ -89,7 +93,7 @@ bool reset_peak() {
 }
 
 void PeakSampler::sample() {
-    const Reading now = read_memory();
+    const Reading now = read_memory(process_);
     if (!now.told) return;
     std::lock_guard<std::mutex> hold(lock_);
     anonymous = std::max(anonymous.value_or(0), now.anonymous);

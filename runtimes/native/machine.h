@@ -14,12 +14,14 @@ struct Reading {  // bytes that are resident now
     int64_t anonymous = 0, file_backed = 0, rss = 0, peak = 0;
 };
 
-Reading read_memory();
-bool reset_peak();  // false where /proc/self/clear_refs can't be written
+// Of a process; 0: of this one.
+Reading read_memory(int process = 0);
+bool reset_peak(int process = 0);  // false where its clear_refs can't be written
 
 // Highest anonymous and file-backed memory seen between start() and stop(), sampled every 10 ms.
 class PeakSampler {
   public:
+    void watch(int process) { process_ = process; }  // 0: this one
     void start();
     void stop();
     void sample();
@@ -29,6 +31,7 @@ class PeakSampler {
   private:
     std::mutex lock_;
     std::atomic<bool> running_{false};
+    int process_ = 0;
     std::thread thread_;
 };
 

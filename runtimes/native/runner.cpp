@@ -1,13 +1,14 @@
-// The native worker: one process, one GGUF artifact, JSON lines on standard input and output, for devices without
-// Python. The protocol is docs/worker-protocol.md; the behaviour is that of runtimes/service.py and worker.py.
+// The native worker: one artifact, JSON lines on standard input and output, for devices without Python. GGUF runs in
+// this process; ONNX in a second one, which loads the ONNX Runtime that the user gave (ort_host.h). The protocol is
+// docs/worker-protocol.md; the behaviour is that of runtimes/service.py and worker.py.
 //
-//     edgestill-runner [FOLDER] [--threads N] [--parent PID]
+//     edgestill-runner [FOLDER] [--threads N] [--parent PID] [--onnxruntime LIBRARY --host PROGRAM]
 
 #include "artifact.h"
+#include "engine.h"
 #include "errors.h"
 #include "exchange.h"
 #include "machine.h"
-#include "model.h"
 #include "scoring.h"
 #include "sensors.h"
 #include "timing.h"
@@ -64,7 +65,8 @@ json highest(const json & a, const json & b) { return a.is_null() ? b : b.is_nul
 // One worker's state: a method an operation.
 class Service {
   public:
-    Service(std::string folder, int threads) : default_folder_(std::move(folder)), threads_(threads) {}
+    Service(std::string folder, int threads, OnnxRuntime onnxruntime)
+        : default_folder_(std::move(folder)), threads_(threads), onnxruntime_(std::move(onnxruntime)) {}
 
     json handle(const json & request) {
         const json op = request.value("op", json());
@@ -120,30 +122,34 @@ class Service {
         while (folder.size() > 1 && folder.back() == '/') folder.pop_back();
         const Options options = read_options(request.value("options", json{{"threads", threads_}}));
         const double started = now_seconds();
-        Artifact artifact = open_artifact(folder);
-        llama_backend_init();
+        std::unique_ptr<Engine> engine = make_engine(open_artifact(folder), options, onnxruntime_);
+        const int process = engine->process();
+        loading_.watch(process);
+        running_.watch(process);
+        if (process) note_process(process);
         const double prepared = now_seconds();
         const json eviction = request.value("cold", json(false)) == json(true) ? evict_page_cache(folder) : json();
-        const Reading baseline = read_memory();
-        resets_ = reset_peak();
+        const Reading baseline = read_memory(process);
+        resets_ = reset_peak(process);
         loading_.start();
         const double begin = now_seconds();
         try {
-            model_ = std::make_unique<Model>(std::move(artifact), options);
+            engine->load();
         } catch (...) {
             loading_.stop();
             throw;
         }
         const double seconds = now_seconds() - begin;
         loading_.stop();
-        const Reading loaded = read_memory();
+        const Reading loaded = read_memory(process);
+        model_ = std::move(engine);
         auto told = [](const Reading & reading, int64_t value) { return reading.told ? json(value) : json(); };
         memory_ = {{"baseline_anonymous", told(baseline, baseline.anonymous)},
                    {"baseline_file_backed", told(baseline, baseline.file_backed)},
                    {"baseline_rss", told(baseline, baseline.rss)},
                    {"loaded_anonymous", told(loaded, loaded.anonymous)},
                    {"load_peak_rss", resets_ ? told(loaded, loaded.peak) : json()}};
-        reset_peak();
+        reset_peak(process);
         running_.sample();
         return {{"info", model_->info()},
                 {"load_seconds", seconds},
@@ -155,8 +161,8 @@ class Service {
 
     json forward(const json & request) {
         const Batch batch = batch_of(request);
-        const std::vector<float> output = sampled([&] { return model_->forward(batch); });
-        return {{"output", exchange_->put(output.data(), "float32", model_->shape(batch))}};
+        const Output output = sampled([&] { return model_->forward(batch); });
+        return {{"output", exchange_->put(output.values.data(), "float32", output.shape)}};
     }
 
     json decode(const json & request) {
@@ -165,13 +171,10 @@ class Service {
         std::vector<float> logits;
         json ids = json::array(), seconds = json::array();
         sampled([&] {
-            double last = now_seconds();
-            model_->decode(prompt, count, [&](llama_token id, const float * row) {
-                const double now = now_seconds();
+            model_->decode(prompt, count, [&](Token id, const float * row, double took) {
                 ids.push_back(id);
-                seconds.push_back(now - last);
+                seconds.push_back(took);
                 if (wanted) logits.insert(logits.end(), row, row + model_->vocab_size());
-                last = now_seconds();
             });
             return 0;
         });
@@ -190,11 +193,7 @@ class Service {
 
     json time_forward(const json & request) {
         const Batch batch = batch_of(request);
-        auto call = [&] {
-            const double begin = now_seconds();
-            model_->forward(batch);
-            return now_seconds() - begin;
-        };
+        auto call = [&] { return model_->time_forward(batch); };
         return sampled([&] { return time_calls(bounds_of(request), call, [](const json & one) -> double { return one; }); });
     }
 
@@ -202,12 +201,7 @@ class Service {
         const auto [prompt, count] = prompt_of(request);
         auto call = [&, prompt = prompt, count = count]() -> json {
             std::vector<double> steps;
-            double last = now_seconds();
-            model_->decode(prompt, count, [&](llama_token, const float *) {
-                const double now = now_seconds();
-                steps.push_back(now - last);
-                last = now;
-            });
+            model_->decode(prompt, count, [&](Token, const float *, double took) { steps.push_back(took); });
             return {{"first_s", steps[0]}, {"tokens_s", std::vector<double>(steps.begin() + 1, steps.end())}};
         };
         auto length = [](const json & run) {
@@ -220,7 +214,7 @@ class Service {
 
     json memory(const json &) {
         model();
-        const Reading now = read_memory();
+        const Reading now = read_memory(model_->process());
         const json peak = now.told ? json(now.peak) : json();
         json reason;
         if (!running_.anonymous) reason = "/proc/self/status does not tell anonymous from file-backed memory";
@@ -246,7 +240,16 @@ class Service {
         return json::object();
     }
 
-    Model & model() {
+    // The second process is ours as well: whoever counts what a worker uses of a device finds it here.
+    void note_process(int process) const {
+        const std::string path = exchange_->folder() + "/host.pid";
+        if (FILE * file = std::fopen(path.c_str(), "w")) {
+            std::fprintf(file, "%d\n", process);
+            std::fclose(file);
+        }
+    }
+
+    Engine & model() {
         if (!model_) throw worker_error("no model is open", "send open first");
         return *model_;
     }
@@ -258,7 +261,7 @@ class Service {
         return model_->check_batch(taken, exchange_->take(mask));
     }
 
-    std::pair<std::vector<llama_token>, int64_t> prompt_of(const json & request) {
+    std::pair<std::vector<Token>, int64_t> prompt_of(const json & request) {
         model();
         const json ids = field(request, "prompt_ids", json::value_t::array);
         const int64_t count = integer(request, "max_new_tokens");
@@ -291,9 +294,10 @@ class Service {
 
     std::string default_folder_;
     int threads_;
+    OnnxRuntime onnxruntime_;
     std::mutex lock_;
     std::unique_ptr<Exchange> exchange_;
-    std::unique_ptr<Model> model_;
+    std::unique_ptr<Engine> model_;
     PeakSampler loading_, running_;
     json memory_;
     bool resets_ = false;
@@ -400,12 +404,9 @@ void write_line(int output, const std::string & line) {
     }
 }
 
-void log_errors(ggml_log_level level, const char * text, void *) {
-    if (level == GGML_LOG_LEVEL_ERROR) std::fputs(text, stderr);
-}
-
 int usage(const char * wrong) {
-    std::fprintf(stderr, "edgestill-runner: %s\nusage: edgestill-runner [FOLDER] [--threads N] [--parent PID]\n", wrong);
+    std::fprintf(stderr, "edgestill-runner: %s\nusage: edgestill-runner [FOLDER] [--threads N] [--parent PID] "
+                 "[--onnxruntime LIBRARY --host PROGRAM]\n", wrong);
     return 2;
 }
 
@@ -413,6 +414,7 @@ int usage(const char * wrong) {
 
 int main(int argc, char ** argv) {
     std::string folder;
+    OnnxRuntime onnxruntime;
     int threads = 2, parent = 0;
     for (int i = 1; i < argc; i++) {
         const std::string word = argv[i];
@@ -420,12 +422,16 @@ int main(int argc, char ** argv) {
             const int value = i + 1 < argc ? std::atoi(argv[++i]) : 0;
             if (value < 1) return usage((word + " needs a number").c_str());
             (word == "--threads" ? threads : parent) = value;
+        } else if (word == "--onnxruntime" || word == "--host") {
+            if (i + 1 == argc) return usage((word + " needs a path").c_str());
+            (word == "--host" ? onnxruntime.host : onnxruntime.library) = argv[++i];
         } else if (word.rfind("--", 0) == 0 || !folder.empty()) {
             return usage(("unknown argument " + word).c_str());
         } else {
             folder = word;
         }
     }
+    if (onnxruntime.host.empty() != onnxruntime.library.empty()) return usage("--onnxruntime and --host go together");
     // Both ends move to descriptors that no library knows: nothing but messages may reach the client.
     const int input = fcntl(0, F_DUPFD_CLOEXEC, 3), output = fcntl(1, F_DUPFD_CLOEXEC, 3);
     const int null = open("/dev/null", O_RDONLY);
@@ -433,8 +439,7 @@ int main(int argc, char ** argv) {
     close(null);
     dup2(2, 1);
     std::signal(SIGPIPE, SIG_IGN);
-    llama_log_set(log_errors, nullptr);
-    Service service(folder, threads);
+    Service service(folder, threads, onnxruntime);
     Requests requests(input, parent, service);
     for (bool last = false; !last;) {
         const json reply = answer(service, requests, requests.next(), last);

@@ -128,6 +128,12 @@ struct Reduced {
         right.push_back(whole && own == target);
         window.push_back(index);
     }
+    void likely(const float * got, int64_t size, int64_t target, int64_t index) {
+        log_softmax(got, size, log_q);
+        logprob.push_back(log_q[target]);
+        right.push_back(clean(got, size) && argmax(got, size) == target);
+        window.push_back(index);
+    }
     void example(const float * said, const float * got, int64_t size) {
         log_softmax(said, size, log_p);
         log_softmax(got, size, log_q);
@@ -158,67 +164,143 @@ void same_width(const std::vector<int64_t> & got, const std::vector<int64_t> & w
     }
 }
 
+// Rows `first` … of a mapped matrix, each cut to its first `longest` values.
+Tensor cut(const Array & from, int64_t first, int64_t count, int64_t longest) {
+    Tensor tensor{"int64", {count, longest}, {}};
+    for (int64_t row = first; row < first + count; row++) {
+        const char * begin = reinterpret_cast<const char *>(from.at<int64_t>(row * from.shape[1]));
+        tensor.bytes.insert(tensor.bytes.end(), begin, begin + longest * sizeof(int64_t));
+    }
+    return tensor;
+}
+
+std::vector<int64_t> real_lengths(const Array & mask) {
+    std::vector<int64_t> lengths;
+    for (int64_t row = 0; row < mask.shape[0]; row++) {
+        const int64_t * real = mask.at<int64_t>(row * mask.shape[1]);
+        lengths.push_back(std::count(real, real + mask.shape[1], 1));
+    }
+    return lengths;
+}
+
+int64_t rows_at_once(int64_t batch_size, int64_t values_a_row) {
+    return std::min(batch_size, std::max<int64_t>(1, FORWARD_VALUES / std::max<int64_t>(1, values_a_row)));
+}
+
+// A folder that asks how likely given continuations are (edgestill/runtimes/likelihood.py).
+json score_likelihood(Engine & model, Exchange & exchange, const std::string & folder, int64_t batch_size) {
+    if (!model.generates()) {
+        throw bad_input("likelihoods are asked of a " + model.task() + " model", "only text generation has them");
+    }
+    const Array ids(folder + "/ids.npy", "<i8", 8), mask(folder + "/mask.npy", "<i8", 8);
+    const Array starts(folder + "/starts.npy", "<i8", 8);
+    if (ids.shape.size() != 2 || mask.shape != ids.shape || ids.shape[0] == 0 ||
+        starts.shape != std::vector<int64_t>{ids.shape[0]}) {
+        throw bad_input(folder + ": shapes don't fit together", "int64 [N, T], [N, T] and [N], N at least 1");
+    }
+    const std::vector<int64_t> lengths = real_lengths(mask);
+    const int64_t rows = ids.shape[0], length = ids.shape[1];
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t start = *starts.at<int64_t>(row);
+        if (start < 1 || start >= lengths[row]) {
+            throw bad_input(folder + ": a row has no continuation or no context", "at least one token of each");
+        }
+    }
+    batch_size = rows_at_once(batch_size, length * model.vocab_size());
+    Reduced found;
+    for (int64_t first = 0; first < rows; first += batch_size) {
+        const int64_t count = std::min(batch_size, rows - first);
+        // The last real token of a row is only predicted, never fed.
+        const int64_t longest = *std::max_element(&lengths[first], &lengths[first] + count) - 1;
+        Tensor fed = cut(ids, first, count, longest), fed_mask = cut(mask, first, count, longest);
+        int64_t * real = reinterpret_cast<int64_t *>(fed_mask.bytes.data());
+        for (int64_t row = first; row < first + count; row++) {
+            for (int64_t place = 0; place < longest; place++) *real++ = place < lengths[row] - 1;
+        }
+        const Output output = model.forward(model.check_batch(fed, fed_mask));
+        const int64_t width = output.shape.back();
+        for (int64_t row = 0; row < count; row++) {
+            for (int64_t place = *starts.at<int64_t>(first + row); place < lengths[first + row]; place++) {
+                const int64_t target = *ids.at<int64_t>((first + row) * length + place);
+                if (target < 0 || target >= width) {
+                    throw bad_input("token id " + std::to_string(target) + ", the vocabulary has " + std::to_string(width),
+                                    "use the model's own tokenizer");
+                }
+                found.likely(output.values.data() + (row * longest + place - 1) * width, width, target, first + row);
+            }
+        }
+    }
+    return {{"logprob", exchange.put(found.logprob, "float64")},
+            {"right", exchange.put(found.right, "bool")},
+            {"window", exchange.put(found.window, "int64")}};
+}
+
 }  // namespace
 
-json score(Model & model, Exchange & exchange, const std::string & reference, int64_t batch_size) {
+json score(Engine & model, Exchange & exchange, const std::string & reference, int64_t batch_size) {
     if (batch_size < 1) throw bad_input("batch size " + std::to_string(batch_size), "at least 1");
     const json described = read_json(reference + "/reference.json");
     const std::string task = described.is_object() ? described.value("task", "") : "";
     const bool tokens = task == "text-generation", embeds = task == "feature-extraction";
-    if (!tokens && !embeds && task != "text-classification") {
+    const bool labels = task == "token-classification";
+    if (described.is_object() && described.value("likelihood", json(false)) == json(true)) {
+        return score_likelihood(model, exchange, reference, batch_size);
+    }
+    if (!tokens && !embeds && !labels && task != "text-classification") {
         throw bad_input(reference + "/reference.json: unknown task " + shown(task), "known: those of the model");
     }
     const Array ids(reference + "/ids.npy", "<i8", 8), mask(reference + "/mask.npy", "<i8", 8);
     const Array said(reference + (embeds ? "/embeddings.npy" : "/logits.npy"), "<f4", 4);
-    if (ids.shape.size() != 2 || mask.shape != ids.shape || said.shape.size() != (tokens ? 3u : 2u) ||
-        said.shape[0] != ids.shape[0] || (tokens && said.shape[1] != ids.shape[1])) {
+    const bool each = tokens || labels;  // it answers at every token
+    if (ids.shape.size() != 2 || mask.shape != ids.shape || said.shape.size() != (each ? 3u : 2u) ||
+        said.shape[0] != ids.shape[0] || (each && said.shape[1] != ids.shape[1])) {
         throw bad_input(reference + ": shapes don't fit together", "make the reference again");
     }
     if (model.task() != task) {
         throw bad_input("the reference is for " + task + ", the model does " + model.task(), "make one for this task");
     }
     const int64_t rows = ids.shape[0], length = ids.shape[1], width = said.shape.back();
-    if (tokens) batch_size = std::min(batch_size, std::max<int64_t>(1, FORWARD_VALUES / std::max<int64_t>(1, length * width)));
+    const std::vector<int64_t> lengths = real_lengths(mask);
+    if (each) batch_size = rows_at_once(batch_size, length * width);
     Reduced found;
     for (int64_t first = 0; first < rows; first += batch_size) {
         const int64_t count = std::min(batch_size, rows - first);
-        int64_t longest = 1;  // a batch is cut to its longest row
-        for (int64_t row = first; row < first + count; row++) {
-            const int64_t * real = mask.at<int64_t>(row * length);
-            longest = std::max<int64_t>(longest, std::count(real, real + length, 1));
-        }
-        Tensor cut_ids{"int64", {count, longest}, {}}, cut_mask = cut_ids;
-        for (int64_t row = first; row < first + count; row++) {
-            const char * id = ids.at<char>(row * length * 8), * real = mask.at<char>(row * length * 8);
-            cut_ids.bytes.insert(cut_ids.bytes.end(), id, id + longest * 8);
-            cut_mask.bytes.insert(cut_mask.bytes.end(), real, real + longest * 8);
-        }
-        const Batch batch = model.check_batch(cut_ids, cut_mask);
-        const std::vector<int64_t> shape = model.shape(batch);
-        same_width(shape, tokens ? std::vector<int64_t>{count, longest, width} : std::vector<int64_t>{count, width});
-        const std::vector<float> output = model.forward(batch);
+        // A batch is cut to its longest row.
+        const int64_t longest = std::max<int64_t>(1, *std::max_element(&lengths[first], &lengths[first] + count));
+        const Batch batch = model.check_batch(cut(ids, first, count, longest), cut(mask, first, count, longest));
+        const Output output = model.forward(batch);
+        same_width(output.shape, each ? std::vector<int64_t>{count, longest, width} : std::vector<int64_t>{count, width});
         for (int64_t row = 0; row < count; row++) {
-            if (!tokens) {
-                const float * theirs = said.at<float>((first + row) * width), * ours = output.data() + row * width;
+            if (!each) {
+                const float * theirs = said.at<float>((first + row) * width), * ours = output.values.data() + row * width;
                 embeds ? found.vector(theirs, ours, width) : found.example(theirs, ours, width);
                 continue;
             }
-            const std::vector<llama_token> & real = batch.tokens[row];
-            for (size_t place = 0; place + 1 < real.size(); place++) {
-                found.token(said.at<float>(((first + row) * length + place) * width),
-                            output.data() + (row * longest + place) * width, width, real[place + 1], first + row);
+            const std::vector<Token> & real = batch.tokens[row];
+            for (size_t place = 0; place + tokens < real.size(); place++) {
+                const float * theirs = said.at<float>(((first + row) * length + place) * width);
+                const float * ours = output.values.data() + (row * longest + place) * width;
+                if (tokens) {
+                    found.token(theirs, ours, width, real[place + 1], first + row);
+                } else {
+                    found.example(theirs, ours, width);
+                    found.window.push_back(first + row);
+                }
             }
         }
     }
     if (embeds) return {{"cosine", exchange.put(found.cosine, "float64")},
                         {"embeddings", exchange.put(found.values.data(), "float32", {rows, width})}};
+    if (each && found.kl.empty()) {
+        throw bad_input(tokens ? "the reference has no token to predict" : "the reference has no token",
+                        tokens ? "windows need at least two real tokens" : "make it again");
+    }
     json arrays = {{"kl", exchange.put(found.kl, "float64")}, {"top1", exchange.put(found.top1, "bool")}};
     if (!tokens) {
-        arrays["logits"] = exchange.put(found.values.data(), "float32", {rows, width});
+        const int64_t entries = found.kl.size();
+        arrays["logits"] = exchange.put(found.values.data(), "float32", {entries, width});
+        if (labels) arrays["window"] = exchange.put(found.window, "int64");
         return arrays;
-    }
-    if (found.kl.empty()) {
-        throw bad_input("the reference has no token to predict", "windows need at least two real tokens");
     }
     arrays["top5"] = exchange.put(found.top5, "bool");
     arrays["right"] = exchange.put(found.right, "bool");

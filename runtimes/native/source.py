@@ -62,8 +62,8 @@ class Unit:
 
 
 def own_sources() -> tuple[Path, ...]:
-    """Our own C++ source files and headers."""
-    return tuple(sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h")))
+    """Our own C and C++ source files and headers: the runner's (C++) and the host's of ONNX Runtime (C)."""
+    return tuple(sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".c", ".cpp", ".h")))
 
 
 @cache

@@ -1,8 +1,9 @@
 """An Android phone over adb: ``adb:SERIAL``, through the system's adb client.
 
 A phone has no Python and lets nobody but its shell user in, so what runs there is the native runner, below
-``/data/local/tmp/edgestill``: GGUF on the CPU. A phone that is hot clocks down without saying so; each launch waits
-until it is cool (:mod:`.cooling`), and the record says how long that took and how warm it was.
+``/data/local/tmp/edgestill``: GGUF on the CPU, and ONNX with a ``libonnxruntime.so`` that the user gives. A phone that
+is hot clocks down without saying so; each launch waits until it is cool (:mod:`.cooling`), and the record says how long
+that took and how warm it was.
 """
 
 from __future__ import annotations
@@ -115,15 +116,15 @@ class AdbShell(RemoteShell):
 class AdbTarget(RemoteTarget):
     """``adb:SERIAL`` as a :class:`edgestill.runtimes.targets.Target`; numbers from it are measured.
 
-    Options behind ``?``: ``dir`` (the folder on the phone), ``battery_c``, ``status`` and ``wait_s`` (see
-    :class:`.cooling.Limits`).
+    Options behind ``?``: ``dir`` (the folder on the phone), ``onnxruntime`` (a library of this machine, for ONNX),
+    ``battery_c``, ``status`` and ``wait_s`` (see :class:`.cooling.Limits`).
     """
 
     def __init__(self, address: str) -> None:
         serial, _, query = address.partition("?")
         if not re.fullmatch(r"[\w.:\[\]%-]+", serial) or serial.startswith("-"):
             raise UsageError(f"not a phone's serial number: {serial!r}", hint=_FORM)
-        chosen = parse_query(query, ("dir", "battery_c", "status", "wait_s"), f"adb:{serial}")
+        chosen = parse_query(query, ("dir", "onnxruntime", "battery_c", "status", "wait_s"), f"adb:{serial}")
         try:
             defaults = Limits()
             self._limits = Limits(
@@ -134,7 +135,9 @@ class AdbTarget(RemoteTarget):
             raise UsageError(
                 f"adb:{address}: a limit is not a number", hint="battery_c=38&status=0&wait_s=600"
             ) from None
-        settings = Settings(chosen.get("dir", DEFAULT_FOLDER), python=None, runner="native")
+        settings = Settings(
+            chosen.get("dir", DEFAULT_FOLDER), python=None, runner="native", onnxruntime=chosen.get("onnxruntime")
+        )
         super().__init__(f"adb:{address}", AdbShell(serial), settings)
 
     def before_launch(self) -> dict[str, Any]:
@@ -146,10 +149,10 @@ class AdbTarget(RemoteTarget):
         return read_thermal(self.shell)
 
     def _choose(self, artifact: Artifact) -> tuple[str, str]:
-        if artifact.manifest.format == "onnx":
+        if artifact.manifest.format == "onnx" and not self.settings.onnxruntime:
             raise Unsupported(
-                f"{self.shell.name}: ONNX over adb: the native runner is one static file and can't load a "
-                "libonnxruntime.so",
-                hint="measure it in the phone's browser (target web), or import the result of onnxruntime_perf_test",
+                f"{self.shell.name}: ONNX over adb needs a libonnxruntime.so of yours, built for Android",
+                hint="adb:SERIAL?onnxruntime=/path/to/libonnxruntime.so (jni/arm64-v8a of the package "
+                "onnxruntime-android); or measure it in the phone's browser (target web)",
             )
         return super()._choose(artifact)

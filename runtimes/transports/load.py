@@ -45,12 +45,13 @@ class LoadMeter:
         """One reading; ``None`` where the device does not tell (some Androids let no shell read ``/proc/stat``)."""
         ran = self._shell.run(
             "head -n 1 /proc/stat 2>/dev/null || echo none\n"
-            f'for f in {quote(self._root)}/exchange/*/pid; do p=$(cat "$f" 2>/dev/null) || continue\n'
-            '  echo "$f $(sed "s/.*) //" /proc/$p/stat 2>/dev/null)"\ndone; true'
+            f"for f in {quote(self._root)}/exchange/*/pid {quote(self._root)}/exchange/*/host.pid; do\n"
+            '  p=$(cat "$f" 2>/dev/null) || continue\n'
+            '  echo "$f: $(sed "s/.*) //" /proc/$p/stat 2>/dev/null)"\ndone; true'
         )
         first, _, rest = ran.text.partition("\n")
         for line in rest.splitlines():
-            path, _, numbers = line.partition("/pid ")
+            path, _, numbers = line.rpartition("pid: ")  # of a worker, or of a second process that it started
             words = numbers.split()
             if len(words) > 14 and all(word.lstrip("-").isdigit() for word in words[11:15]):
                 self._spent[path] = sum(int(word) for word in words[11:15])  # its own time and its children's

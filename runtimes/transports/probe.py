@@ -12,6 +12,9 @@ __all__ = ["Board", "probe"]
 
 PYTHON_MINIMUM = (3, 11)
 _MODULES = ("numpy", "onnxruntime", "llama_cpp")
+# Told by the dynamic loader, whose place each C library fixes.
+_LIBC = """libc=; for l in /lib/ld-linux-aarch64.so.1 /lib64/ld-linux-x86-64.so.2; do [ -e $l ] && libc=glibc; done
+[ -e /system/bin/linker64 ] && libc=android; echo "libc=$libc\""""
 
 # Without importing them: that takes seconds on a board, and a runtime's import may crash there.
 _ASK = """
@@ -30,7 +33,8 @@ for name, package in (("numpy",) * 2, ("onnxruntime",) * 2, ("llama_cpp", "llama
 @dataclass(frozen=True)
 class Board:
     """A device: ``root`` is its folder for our files, ``python`` the version of its Python (``None``: it has none that
-    we asked for), ``modules`` the versions of numpy and the runtimes that this Python finds."""
+    we asked for), ``modules`` the versions of numpy and the runtimes that this Python finds, ``libc`` whose C library
+    it has (``glibc``, ``android``; ``""``: neither)."""
 
     root: str
     system: str
@@ -38,6 +42,7 @@ class Board:
     flags: tuple[str, ...] = ()
     python: str | None = None
     modules: dict[str, str] = field(default_factory=dict)
+    libc: str = ""
 
     @property
     def has_worker(self) -> bool:
@@ -64,6 +69,7 @@ def probe(shell: RemoteShell, folder: str, python: str | None) -> Board:
         f"umask 077; mkdir -p {quote(folder)} || exit 7",
         f"( cd {quote(folder)} && : > .write && rm .write && printf 'root=%s\\n' \"$(pwd -P)\" ) || exit 7",
         'echo "system=$(uname -s)"; echo "machine=$(uname -m)"',
+        _LIBC,
         # Only the first processor's: all are alike, but for big and little ones, which have the same features.
         "grep -i -m 1 -E '^(features|flags)' /proc/cpuinfo 2>/dev/null | sed 's/.*:/flags=/'",
         'command -v sha256sum > /dev/null || command -v shasum > /dev/null || echo "lacks=sha256sum"',
@@ -86,4 +92,5 @@ def probe(shell: RemoteShell, folder: str, python: str | None) -> Board:
     if not root.startswith("/"):
         raise BadInput(f"{shell.name}: the folder {folder} is {root!r} there", hint="give an absolute path")
     modules = {name: told[name] for name in _MODULES if name in told}
-    return Board(root, system, machine, tuple(told.get("flags", "").split()), told.get("python"), modules)
+    return Board(root, system, machine, tuple(told.get("flags", "").split()), told.get("python"), modules,
+                 told.get("libc", "").strip())  # fmt: skip

@@ -37,12 +37,14 @@ _RUNNERS = ("auto", "python", "native")
 @dataclass(frozen=True)
 class Settings:
     """How a device is used: the ``folder`` for our files, its ``python`` (``None``: it has none), which worker
-    (``auto``, ``python``, ``native``), and the ssh ``config`` file, if it is not the user's."""
+    (``auto``, ``python``, ``native``), the ssh ``config`` file, if it is not the user's, and a library of this machine,
+    ``onnxruntime``, with which the native runner opens ONNX there."""
 
     folder: str
     python: str | None = "python3"
     runner: str = "auto"
     config: str | None = None
+    onnxruntime: str | None = None
 
 
 class RemoteTarget:
@@ -56,6 +58,8 @@ class RemoteTarget:
     def __init__(self, name: str, shell: RemoteShell, settings: Settings) -> None:
         if settings.runner not in _RUNNERS:
             raise UsageError(f"{name}: runner {settings.runner!r}", hint=f"one of {', '.join(_RUNNERS)}")
+        if settings.onnxruntime and settings.runner == "python":
+            raise UsageError(f"{name}: runner=python takes the board's own onnxruntime", hint="leave one of both away")
         self.name = name
         self.shell = shell
         self.settings = settings
@@ -173,6 +177,8 @@ class RemoteTarget:
                 f"{name}: {form} artifacts run on Apple's devices only",
                 hint="measure them in Xcode and read its report: edgestill bench import FILE",
             )
+        if form == "onnx" and self.settings.onnxruntime:
+            return self._onnxruntime_worker(Path(self.settings.onnxruntime).expanduser())
         lack = board.why_no_worker(_MODULES[form])
         if wanted == "python" or (wanted == "auto" and lack is None):
             if lack is not None:
@@ -182,7 +188,10 @@ class RemoteTarget:
             raise (
                 self._lacking(lack, form)
                 if lack
-                else Unsupported(f"{name}: the native runner opens GGUF only", hint="leave runner=native away")
+                else Unsupported(
+                    f"{name}: the native runner opens ONNX with a library of yours only",
+                    hint="onnxruntime=/path/to/libonnxruntime.so, or leave runner=native away",
+                )
             )
         return self._native_worker()
 
@@ -207,6 +216,20 @@ class RemoteTarget:
 
         runner = find_runner(board.machine, board.facts())
         return quote(store.blob(LocalFile.of(runner), executable=True)), f"native ({runner.parent.name})"
+
+    def _onnxruntime_worker(self, path: Path) -> tuple[str, str]:
+        """The native runner with the user's ONNX Runtime; what does not fit is said before anything is sent."""
+        from ..native import find_host, machine_name, read_library
+
+        board, store = self._ready()
+        library = read_library(path)
+        library.check(self.shell.name, machine_name(board.machine), board.libc)
+        host = find_host(board.machine, library.libc)
+        command, kind = self._native_worker()
+        sent = self._file(path)
+        words = [store.blob(sent), store.blob(LocalFile.of(host), executable=True)]
+        command += f" --onnxruntime {quote(words[0])} --host {quote(words[1])}"
+        return command, f"{kind} with {path.name}, sha256 {sent.sha256[:16]}"
 
     def _checked(self, folder: Path) -> Artifact:
         """The artifact, its files compared with their hashes once and whenever one of them changed since."""

@@ -59,7 +59,7 @@ _REFUSALS: tuple[tuple[str, type[EdgestillError], str, str], ...] = (
 
 
 def parse_address(address: str) -> tuple[str, int | None, Settings]:
-    """``user@host:port/folder?python=…&config=…&runner=…`` taken apart: the destination for ssh, the port, the rest.
+    """``user@host:port/folder?python=…`` taken apart: the destination for ssh, the port, the rest.
 
     The folder may be percent-encoded; without one it is ``~/.cache/edgestill`` (``/~/x`` is below the home folder).
 
@@ -74,13 +74,14 @@ def parse_address(address: str) -> tuple[str, int | None, Settings]:
     port = int(found["port"]) if found["port"] else None
     if port is not None and not 0 < port < 65536:
         raise UsageError(f"ssh://{address}: there is no port {port}", hint=_FORM)
-    chosen = parse_query(query, ("python", "config", "runner"), f"ssh://{address}")
+    chosen = parse_query(query, ("python", "config", "runner", "onnxruntime"), f"ssh://{address}")
     folder = unquote(path).rstrip("/") if slash else ""
     folder = folder if folder.startswith("~/") else f"/{folder}" if folder else DEFAULT_FOLDER
     host = unquote(found["host"].strip("[]"))
     destination = f"{found['user']}@{host}" if found["user"] else host
     python = chosen.get("python", "python3")
-    return destination, port, Settings(folder, python, chosen.get("runner", "auto"), chosen.get("config"))
+    settings = Settings(folder, python, chosen.get("runner", "auto"), chosen.get("config"), chosen.get("onnxruntime"))
+    return destination, port, settings
 
 
 class SshShell(RemoteShell):

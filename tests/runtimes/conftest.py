@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -56,6 +57,30 @@ def native_command() -> Callable[[str], list[str]]:
         return [emulator, "-cpu", core, str(runner)]
 
     return command
+
+
+@pytest.fixture(scope="session")
+def onnxruntime_library() -> Path:
+    """The library that onnxruntime's own wheel carries; skips where it has none."""
+    spec = importlib.util.find_spec("onnxruntime")
+    found = sorted(Path(spec.origin).parent.glob("capi/libonnxruntime.so.*")) if spec and spec.origin else []
+    if not found:
+        pytest.skip("onnxruntime's wheel has no libonnxruntime.so here (Linux only)")
+    return found[0]
+
+
+@pytest.fixture(scope="session")
+def onnxruntime_command(native_command: Callable[..., list[str]], onnxruntime_library: Path) -> list[str]:
+    """The native runner of this machine with that library. Skips when it was not built."""
+    from edgestill.errors import EdgestillError
+    from edgestill.runtimes.native import find_host
+
+    command = native_command()
+    try:
+        host = find_host(platform.machine(), "glibc")
+    except EdgestillError as error:
+        pytest.skip(f"{error.message}; {error.hint}")
+    return [*command, "--onnxruntime", str(onnxruntime_library), "--host", str(host)]
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ PROMPT = [5, 60, 90, 130, 7, 200, 31]
 class Runtime:
     """How a runtime is reached (``to=None``: the model folder itself) and how far its numbers may lie from torch's:
     absolute, on logits or embeddings of the tiny models (whose logits reach about 10). ``native``: the native runner
-    instead of Python's worker, on this machine (``"host"``) or on an emulated core."""
+    instead of Python's worker, on this machine (``"host"``, or with ``"onnxruntime"``) or on an emulated core."""
 
     name: str
     to: str | None
@@ -57,6 +57,7 @@ RUNTIMES = (
             native="host"),
     Runtime("native-a76", "gguf:f32", ("feature-extraction", "text-generation"), 1e-4, "cpu", extra={"kv": "f32"},
             native="cortex-a76"),
+    Runtime("native-onnxruntime", "onnx:fp32", tuple(TASKS), 1e-4, "CPUExecutionProvider", native="onnxruntime"),
     Runtime("onnxruntime-web", "onnx:fp32", tuple(TASKS), 1e-4, "wasm", memory=False),
 )  # fmt: skip
 # The encoder's code with another head: ten seconds more for little.
@@ -95,7 +96,9 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model = request.getfixturevalue(TASKS[task])
     folder = model
     command = None
-    if runtime.native:
+    if runtime.native == "onnxruntime":
+        command = request.getfixturevalue("onnxruntime_command")
+    elif runtime.native:
         core = runtime.native if runtime.native != "host" else ""
         command = request.getfixturevalue("native_command")(core, "dotprod")
     if runtime.to is not None:
