@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from edgestill import cli
 from edgestill.files import hash_file
-from edgestill.runtimes.native import RUNNER_NAME, build
+from edgestill.runtimes.native import HOST_NAME, RUNNER_NAME
 from edgestill.schemas import FOLDER
 
 
@@ -41,7 +42,7 @@ def test_what_can_not_be_built_is_one_line(call: Any, tmp_path: Path, monkeypatc
 
 
 def test_without_the_compiler_the_line_that_installs_it(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     code, _, err = call()
     assert code == 4
     assert "pip install 'edgestill[runner]'" in err
@@ -60,7 +61,8 @@ def test_a_build_for_this_machine(call: Any, tmp_path: Path) -> None:
     assert document["backend"] == "cpu"
     for one in document["binaries"]:
         path = Path(one["path"])
-        assert path.name == f"{RUNNER_NAME}-{one['target']}-{one['level']}"
+        name = HOST_NAME if one["level"] in ("glibc", "android") else RUNNER_NAME
+        assert path.name == f"{name}-{one['target']}-{one['level']}"
         assert hash_file(path) == one["sha256"]
         assert path.read_bytes()[:4] == b"\x7fELF"
     code, out, err = call("--target", platform.machine())

@@ -22,25 +22,18 @@ from .build import BuiltRunner, find_built, find_zig, write_stamp
 from .find import HOST_NAME, host_folder
 from .levels import levels_of
 from .library import Libc
+from .source import HOST_ANDROID, HOST_FLAGS, HOST_GLIBC
 from .zig import Zig
 
 __all__ = ["build_hosts"]
 
 _HERE = Path(__file__).parent
-_FLAGS = (
-    "-std=gnu11", "-O2", "-g0", "-DNDEBUG", "-ffreestanding", "-fPIC", "-fvisibility=hidden", "-fno-stack-protector",
-    "-fno-sanitize=all",
-)  # fmt: skip
-_GLIBC = "2.17"  # of 2012; every ONNX Runtime asks for a newer one
 # What host_libc.h and host_android.c declare, and what a compiler may call on its own; by the library that has it.
 _ANDROID: Mapping[str, tuple[str, ...]] = {
     "libc.so": ("__libc_init", "_exit", "calloc", "clock_gettime", "free", "memcmp", "memcpy", "memmove",
                 "memset", "read", "realloc", "strlen", "write"),
     "libdl.so": ("dlerror", "dlopen", "dlsym"),
 }  # fmt: skip
-# Android 15 has pages of 16 KiB on some phones.
-_ANDROID_LINK = ("-pie", "--dynamic-linker=/system/bin/linker64", "-z", "max-page-size=16384", "--hash-style=both",
-                 "--no-undefined", "-s")  # fmt: skip
 
 
 def build_hosts(target: str, *, cache: Path | None = None, progress: Progress = silent) -> tuple[BuiltRunner, ...]:
@@ -87,21 +80,23 @@ class _Work:
 
     def for_glibc(self) -> Path:
         program = self._scratch / HOST_NAME
-        target = ["-target", f"{self._target}-linux-gnu.{_GLIBC}", f"-mcpu={self._cpu}"]
-        self._run(["cc", *target, "-s", self._object(_HERE / "host.c"), "-ldl", "-o", str(program)], "for glibc")
+        target = ["-target", f"{self._target}-linux-gnu.{HOST_GLIBC}", f"-mcpu={self._cpu}"]
+        self._run(
+            ["cc", *target, "-pie", "-s", self._object(_HERE / "host.c"), "-ldl", "-o", str(program)], "for glibc"
+        )
         return program
 
     def for_android(self) -> Path:
         program = self._scratch / HOST_NAME
         objects = [self._object(_HERE / name) for name in ("host.c", "host_android.c")]
         stubs = [self._stub(library, names) for library, names in _ANDROID.items()]
-        self._run(["ld.lld", *_ANDROID_LINK, *objects, *stubs, "-o", str(program)], "for Android")
+        self._run(["ld.lld", *HOST_ANDROID, *objects, *stubs, "-o", str(program)], "for Android")
         return program
 
     def _object(self, source: Path) -> str:
         made = self._scratch / f"{source.stem}.o"
         target = ["-target", f"{self._target}-linux-musl", f"-mcpu={self._cpu}"]  # no header of musl's is read
-        flags = _FLAGS if source.suffix == ".c" else ()
+        flags = HOST_FLAGS if source.suffix == ".c" else ()
         self._run(["cc", "-c", *target, *flags, str(source), "-o", str(made)], source.name)
         self.compiled += 1
         return str(made)

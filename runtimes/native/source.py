@@ -11,7 +11,19 @@ from ...files import hash_file, hash_json
 from ...progress import Progress, silent
 from .levels import LEVELS
 
-__all__ = ["COMMON_FLAGS", "ENGINE", "Engine", "Unit", "engine_source", "own_sources", "runner_id", "units"]
+__all__ = [
+    "COMMON_FLAGS",
+    "ENGINE",
+    "HOST_ANDROID",
+    "HOST_FLAGS",
+    "HOST_GLIBC",
+    "Engine",
+    "Unit",
+    "engine_source",
+    "own_sources",
+    "runner_id",
+    "units",
+]
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,15 @@ _BACKEND = ("ggml-cpu.c", "ggml-cpu.cpp", "repack.cpp", "hbm.cpp", "quants.c", "
             "ops.cpp", "llamafile/sgemm.cpp")  # fmt: skip
 _ARCHITECTURES = {"aarch64": "arm", "x86_64": "x86"}
 _MODELS_TOGETHER = 16  # model files a compilation, as llama.cpp's own build does
+# The program that loads a user's ONNX Runtime: how it is compiled, the oldest glibc that it asks for (of 2012; every
+# ONNX Runtime asks for a newer one), and how it is linked for Android, which has pages of 16 KiB on some phones.
+HOST_FLAGS = (
+    "-std=gnu11", "-O2", "-g0", "-DNDEBUG", "-ffreestanding", "-fPIC", "-fvisibility=hidden", "-fno-stack-protector",
+    "-fno-sanitize=all",
+)  # fmt: skip
+HOST_GLIBC = "2.17"
+HOST_ANDROID = ("-pie", "--dynamic-linker=/system/bin/linker64", "-z", "max-page-size=16384", "--hash-style=both",
+                "--no-undefined", "-s")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,10 +89,11 @@ def own_sources() -> tuple[Path, ...]:
 
 @cache
 def runner_id() -> str:
-    """sha256 over all that decides what the binary does: the engine, our source, the flags."""
+    """sha256 over all that decides what the binaries do: the engine, our source, the flags."""
     own = [[path.name, hash_file(path)] for path in own_sources()]
     levels = [[level.name, level.cpu] for level in LEVELS.values()]
-    return hash_json([ENGINE.sha256, own, COMMON_FLAGS, _CPU, _BASE, _BACKEND, _MODELS_TOGETHER, levels])
+    host = [HOST_FLAGS, HOST_GLIBC, HOST_ANDROID]
+    return hash_json([ENGINE.sha256, own, COMMON_FLAGS, _CPU, _BASE, _BACKEND, _MODELS_TOGETHER, levels, host])
 
 
 def engine_source(*, cache: Path | None = None, progress: Progress = silent) -> Path:

@@ -5,6 +5,7 @@ The compiler is a script here that copies its input; ``test_runner.py`` has the 
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from edgestill.errors import EdgestillError, MissingDependency, UsageError
 from edgestill.runtimes.native import LEVELS, RUNNER_NAME, build, find_runner, source
 from edgestill.runtimes.native.source import ENGINE, Unit
+from edgestill.runtimes.native.zig import Zig
 
 # Writes its arguments and its input to the output, and fails on a file that says so. A line a call goes to calls.
 ZIG = """#!{python}
@@ -65,7 +67,7 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     made = Bench(tmp_path)
-    monkeypatch.setattr(build, "find_zig", lambda: build._Zig(made.zig, "0.0.1"))
+    monkeypatch.setattr(build, "find_zig", lambda: Zig(made.zig, "0.0.1"))
     monkeypatch.setattr(build, "engine_source", lambda **_: made.engine)
     monkeypatch.setattr(build, "units", lambda source, target: UNITS)
     return made
@@ -136,7 +138,7 @@ def test_what_it_is_not_built_for(tmp_path: Path) -> None:
 
 
 def test_without_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match="ziglang is not installed") as caught:
         build.build_runner("aarch64", cache=tmp_path)
     assert caught.value.hint == "pip install 'edgestill[runner]'"
@@ -161,7 +163,7 @@ def test_the_engine_is_the_one_that_the_environment_pins() -> None:
 
 def test_every_own_file_decides_the_name_of_the_binary() -> None:
     names = {path.name for path in source.own_sources()}
-    assert {"runner.cpp", "model.cpp", "scoring.cpp", "exchange.h"} <= names
+    assert {"runner.cpp", "engine.cpp", "host.c", "wire.h"} <= names
     assert len(source.runner_id()) == 64
 
 
