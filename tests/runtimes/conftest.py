@@ -6,8 +6,9 @@ import importlib.util
 import os
 import platform
 import shutil
+import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,32 @@ def native_command() -> Callable[[str], list[str]]:
         return [emulator, "-cpu", core, str(runner)]
 
     return command
+
+
+@pytest.fixture(scope="session")
+def make_elf() -> Callable[..., bytes]:
+    """Make a shared library of just a header, a loaded segment at 0x1000 and a dynamic section."""
+
+    def make(
+        machine: int = 183, needed: Sequence[str] = ("liblog.so", "libc.so"), symbol: str = "OrtGetApiBase", *,
+        bits: int = 2, kind: int = 3,
+    ) -> bytes:  # fmt: skip
+        names = b"\0" + b"".join(name.encode() + b"\0" for name in (*needed, symbol))
+        place, entries = 1, []
+        for name in needed:
+            entries.append((1, place))
+            place += len(name) + 1
+        start = 64 + 2 * 56
+        entries += [(5, 0x1000 + start + 16 * (len(needed) + 3)), (10, len(names)), (0, 0)]
+        dynamic = b"".join(struct.pack("<QQ", *entry) for entry in entries)
+        size = start + len(dynamic) + len(names)
+        header = b"\x7fELF" + bytes([bits, 1, 1]) + bytes(9)
+        header += struct.pack("<HHIQQQIHHHHHH", kind, machine, 1, 0, 64, 0, 0, 64, 56, 2, 0, 0, 0)
+        segments = struct.pack("<IIQQQQQQ", 1, 5, 0, 0x1000, 0x1000, size, size, 4096)
+        segments += struct.pack("<IIQQQQQQ", 2, 6, start, 0x1000 + start, 0, len(dynamic), len(dynamic), 8)
+        return header + segments + dynamic + names
+
+    return make
 
 
 @pytest.fixture(scope="session")

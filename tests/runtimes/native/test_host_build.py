@@ -70,7 +70,7 @@ def test_the_form_that_each_system_loads(target: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def android_here(native_command: object, tmp_path: Path) -> list[str]:
-    """The command of Android's program on this machine: glibc's loader, and a bionic of fifteen lines."""
+    """The command of Android's program on this machine: glibc's loader, and a bionic of a few lines."""
     machine = platform.machine()
     loader = Path({"x86_64": "/lib64/ld-linux-x86-64.so.2"}.get(machine, f"/lib/ld-linux-{machine}.so.1"))
     try:

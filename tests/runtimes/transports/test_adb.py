@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 
 from edgestill.artifact import Artifact, Manifest, seal_artifact
 from edgestill.errors import BadInput, LinkLost, MissingDependency, Unsupported, UsageError, WorkerError
+from edgestill.files import hash_file
 from edgestill.runtimes import native
 from edgestill.runtimes.session import SessionOptions
 from edgestill.runtimes.targets import open_target
@@ -150,9 +152,87 @@ def test_an_address_that_is_none(address: str) -> None:
 
 
 def test_onnx_is_unsupported_with_the_reason(phone: Phone, make_toy: Callable[..., Artifact]) -> None:
-    with phone.target() as target, pytest.raises(Unsupported, match=r"can't load a libonnxruntime.so") as caught:
+    with phone.target() as target, pytest.raises(Unsupported, match=r"needs a libonnxruntime\.so of yours") as caught:
         target.open_worker(make_toy(form="onnx").path, ONE)
+    assert "adb:SERIAL?onnxruntime=" in caught.value.hint
     assert "target web" in caught.value.hint
+
+
+ONNX_RUNNER = """#!/bin/sh
+[ "$1 $3" = "--onnxruntime --host" ] && [ -f "$2" ] && [ -x "$4" ] || exit 9
+shift 4
+exec {python} {toy} "$@"
+"""
+
+
+def test_onnx_with_a_library_of_the_users(
+    phone: Phone, make_toy: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    make_elf: Callable[..., bytes],
+) -> None:  # fmt: skip
+    """The library and the program that loads it are pushed by hash, and named to the runner."""
+    toy = make_toy(form="onnx")
+    library = tmp_path / "lib of 'mine', 1.so"
+    library.write_bytes(make_elf(62 if os.uname().machine == "x86_64" else 183, ["libc.so.6"]))
+    host, runner = tmp_path / "host", tmp_path / "onnx-runner"
+    phone.script(host, "#!/bin/sh\n")
+    phone.script(runner, ONNX_RUNNER.format(python=sys.executable, toy=Path(__file__).parents[1] / "toy_worker.py"))
+    asked: list[tuple[str, str]] = []
+
+    def find_host(machine: str, libc: str) -> Path:
+        asked.append((machine, libc))
+        return host
+
+    monkeypatch.setattr(native, "find_runner", lambda machine, facts=None: runner)
+    monkeypatch.setattr(native, "find_host", find_host)
+    with phone.target(onnxruntime=urllib.parse.quote(str(library))) as target:
+        for _ in range(2):
+            with target.open_worker(toy.path, ONE) as worker:
+                assert worker.forward(IDS, MASK).shape == (1, 3, 11)
+    digest = hash_file(library)
+    assert worker.launch_facts["worker"].endswith(f"with {library.name}, sha256 {digest[:16]}")
+    assert set(asked) == {(os.uname().machine, "glibc")}
+    assert (phone.folder / "blobs" / digest).read_bytes() == library.read_bytes()
+    assert len([line for line in phone.calls.splitlines() if " push " in line and f"/blobs/{digest}" in line]) == 1
+
+
+def test_a_library_that_the_phone_can_not_load_is_not_sent(
+    phone: Phone, make_toy: Callable[..., Artifact], tmp_path: Path, make_elf: Callable[..., bytes]
+) -> None:
+    toy = make_toy(form="onnx")
+    library = tmp_path / "libonnxruntime.so"
+    here, other = (62, 183) if os.uname().machine == "x86_64" else (183, 62)
+    for data, text in (
+        (make_elf(other, ["libc.so.6"]), f"phone R5CX is {os.uname().machine}"),
+        (make_elf(here, ["libc.so"]), "is for Android, phone R5CX is Linux with glibc"),
+        (make_elf(40, bits=1), "no 64-bit shared library .*32-bit ARM"),
+        (b"text", "no shared library"),
+    ):
+        library.write_bytes(data)
+        with phone.target(onnxruntime=str(library)) as target, pytest.raises(BadInput, match=text):
+            target.open_worker(toy.path, ONE)
+    library.unlink()
+    with (
+        phone.target(onnxruntime=str(library)) as target,
+        pytest.raises(BadInput, match=r"libonnxruntime\.so can't be read"),
+    ):
+        target.open_worker(toy.path, ONE)
+    assert " push " not in phone.calls
+
+
+@pytest.mark.slow
+def test_the_real_runner_with_a_real_library(
+    phone: Phone, onnxruntime_command: list[str], onnxruntime_library: Path, lookup: Artifact, table: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(native, "find_runner", lambda machine, facts=None: Path(onnxruntime_command[0]))
+    with phone.target(onnxruntime=str(onnxruntime_library)) as target:
+        with target.open_worker(lookup.path, ONE) as worker:
+            assert worker.info().runtime == "onnxruntime"
+            np.testing.assert_allclose(worker.forward(IDS, MASK), table[IDS].mean(axis=1), atol=1e-6)
+            assert len(worker.time_forward(IDS, MASK, repeats=3, warmup=0)) == 3
+            assert worker.memory()["peak_rss"] > 5 << 20
+        assert worker.machine_load["busy"] in (True, False)
+    assert not list(phone.folder.glob("exchange/*"))
 
 
 def test_without_a_runner_or_adb_it_says_how_to_get_one(

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from edgestill.runtimes.transports.load import UNKNOWN, LoadMeter, Ticks, load_between
 from edgestill.runtimes.transports.shell import RemoteShell
 
@@ -27,7 +29,8 @@ class HereShell(RemoteShell):
     def close(self) -> None: ...
 
 
-def test_what_a_worker_used_is_ours_even_after_its_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["pid", "host.pid"])  # the worker, and a second process that it started
+def test_what_a_worker_used_is_ours_even_after_its_end(name: str, tmp_path: Path) -> None:
     (tmp_path / "exchange/a").mkdir(parents=True)
     meter = LoadMeter(HereShell(), str(tmp_path))
     before = meter.read()
@@ -35,12 +38,12 @@ def test_what_a_worker_used_is_ours_even_after_its_end(tmp_path: Path) -> None:
     assert before.ours == 0
     busy = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ntime.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", busy], stdout=subprocess.PIPE) as worker:
-        (tmp_path / "exchange/a/pid").write_text(f"{worker.pid}\n")
+        (tmp_path / "exchange/a" / name).write_text(f"{worker.pid}\n")
         assert worker.stdout is not None
         worker.stdout.readline()
         during = meter.read()
         worker.kill()
-    (tmp_path / "exchange/a/pid").unlink()
+    (tmp_path / "exchange/a" / name).unlink()
     time.sleep(0.05)
     after = meter.read()
     assert during is not None

@@ -27,6 +27,7 @@ from edgestill.errors import (
     WorkerError,
 )
 from edgestill.export import export
+from edgestill.files import hash_file
 from edgestill.recipe import BenchConfig, ExportConfig
 from edgestill.runtimes.machine import machine_facts
 from edgestill.runtimes.native import find_runner
@@ -100,6 +101,20 @@ def test_gguf_needs_nothing_on_the_board(board: Any, tiny_llama: Path, tmp_path:
             assert len(worker.time_decode([5, 6], 4, repeats=2)) == 2
         assert target.facts()["memory_bytes"] > 0
         assert target.facts()["versions"] == {}
+
+
+def test_onnx_needs_only_a_library_of_the_users(
+    board: Any, lookup: Artifact, table: np.ndarray, onnxruntime_command: list[str], onnxruntime_library: Path
+) -> None:
+    """The native runner is sent with ONNX Runtime itself, to a board without Python."""
+    options = {"python": "/nowhere/python3", "onnxruntime": str(onnxruntime_library)}
+    with SshTarget(board.target(**options)) as target:
+        works(target, lookup, table)
+        with target.open_worker(lookup.path, ONE) as worker:
+            assert worker.info().backend == "CPUExecutionProvider"
+            assert worker.launch_facts["worker"].endswith(f"sha256 {hash_file(onnxruntime_library)[:16]}")
+            assert len(worker.time_forward(IDS, MASK, repeats=3, warmup=0)) == 3
+    assert "edgestill" not in board.inside("ps", "-eo", "args").replace("sshd", "")
 
 
 def test_only_what_is_missing_is_sent(
